@@ -1,0 +1,27 @@
+"""Defaults for a machine without servers: everything below one folder, nothing reported to anyone.
+
+Call ``local_defaults`` before prefect is imported. Whatever the environment already says wins, so the usual
+``PREFECT_API_URL`` and ``MLFLOW_TRACKING_URI`` point the same flow at real servers.
+"""
+
+from __future__ import annotations
+
+import os
+
+from llava_pipeline.store import home
+
+
+def local_defaults(debug: bool = False) -> None:
+    """Set what is not set: Prefect's folder below ours, quiet logs, patience for slow starts, no telemetry."""
+    level = "INFO" if debug else "CRITICAL"
+    for name, value in {
+        "PREFECT_HOME": str(home() / "prefect"),
+        "PREFECT_LOGGING_LEVEL": level,
+        "PREFECT_LOGGING_SERVER_LEVEL": "WARNING" if debug else "CRITICAL",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "llava_pipeline",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }.items():
+        os.environ.setdefault(name, value)

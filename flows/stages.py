@@ -1,0 +1,163 @@
+"""One row per stage: the library's function, its retries, its time limit, and whether its result is reused.
+
+A result is reused when the inputs, the code the stage can reach and the libraries beneath it are the same. Stages
+that read a folder or a branch name may find other bytes there tomorrow, so they are run again; the gate depends on
+who is champion now, so it is never reused.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+from prefect import task
+from prefect.cache_policies import INPUTS, NO_CACHE, CachePolicy
+from prefect.context import TaskRunContext
+from prefect.runtime import flow_run
+from prefect.tasks import exponential_backoff
+
+from llava_pipeline.code_digest import code_digest
+from llava_pipeline.contracts import (
+    AssembledModel,
+    Backbones,
+    Evaluation,
+    RecordedRun,
+    TrainedProjector,
+    ValidatedData,
+    Verdict,
+)
+from llava_pipeline.errors import BackboneUnavailable, SourceUnavailable, TrackingError
+from llava_pipeline.spec import (
+    BackbonesSpec,
+    DataSpec,
+    EvaluationSpec,
+    FolderBackbone,
+    HubSource,
+    ModelSpec,
+    RunSpec,
+    TrainingSpec,
+)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+log = logging.getLogger("llava_pipeline.flow")
+MINUTE = 60
+PASSING = (BackboneUnavailable, SourceUnavailable, TrackingError)
+
+
+def may_change_underneath(value: Any) -> bool:
+    """Whether an input names bytes that its own value does not fix: a folder, a branch."""
+    if isinstance(value, BackbonesSpec):
+        parts = (value.vision_tower, value.language_model)
+        return value.source is not None or any(isinstance(part, FolderBackbone) for part in parts)
+    if isinstance(value, DataSpec) and isinstance(value.source, HubSource):
+        return value.source.path is not None or len(value.source.revision) != 40
+    return False
+
+
+@dataclass
+class SameInputsSameCode(CachePolicy):
+    """Prefect's INPUTS, and a digest of every module the stage can reach: Prefect's own looks at one function only."""
+
+    module: str = ""
+
+    def compute_key(
+        self, task_ctx: TaskRunContext, inputs: dict[str, Any], flow_parameters: dict[str, Any], **kwargs: Any
+    ) -> str | None:
+        """The key, or None (run it) where an input may change underneath."""
+        if any(may_change_underneath(value) for value in inputs.values()):
+            return None
+        return f"{INPUTS.compute_key(task_ctx, inputs, flow_parameters, **kwargs)}-{code_digest(self.module)}"
+
+
+def will_pass(task_: Any, task_run: Any, state: Any) -> bool:
+    """Retry only what may be better in a minute: a network, not a wrong digest."""
+    try:
+        state.result()
+    except PASSING:
+        return True
+    except Exception:  # whatever it is, asking again will not change it
+        return False
+    return False
+
+
+def stage(module: str, minutes: float, retries: int = 0, reuse: bool = True) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a Prefect task of a stage, and tell when its result is reused."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        prefect_task = task(
+            function,
+            name=function.__name__.replace("_", "-"),
+            retries=retries,
+            retry_delay_seconds=exponential_backoff(5) if retries else None,
+            retry_jitter_factor=0.5 if retries else None,
+            retry_condition_fn=will_pass if retries else None,
+            timeout_seconds=minutes * MINUTE,
+            cache_policy=SameInputsSameCode(module=module) if reuse else NO_CACHE,
+            persist_result=reuse,
+            result_serializer="json",
+            tags=["llava-pipeline"],
+        )
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            state = prefect_task(*args, return_state=True, **kwargs)
+            if state.name == "Cached":
+                log.info("%s: nothing changed, the earlier result is reused", prefect_task.name)
+            return state.result()  # type: ignore[no-any-return]
+
+        return call
+
+    return decorate
+
+
+@stage("llava_pipeline.stages.fetch", minutes=120, retries=3)
+def fetch_backbones(spec: BackbonesSpec) -> Backbones:
+    from llava_pipeline.stages import fetch
+
+    return fetch.fetch_backbones(spec)
+
+
+@stage("llava_pipeline.stages.assemble", minutes=30)
+def assemble_and_freeze(backbones: Backbones, spec: ModelSpec) -> AssembledModel:
+    from llava_pipeline.stages import assemble
+
+    return assemble.assemble_and_freeze(backbones, spec)
+
+
+@stage("llava_pipeline.stages.validate", minutes=360, retries=3)
+def validate_stream(model: AssembledModel, spec: DataSpec, num_held_out: int) -> ValidatedData:
+    from llava_pipeline.stages import validate
+
+    return validate.validate_stream(model, spec, num_held_out)
+
+
+@stage("llava_pipeline.stages.train", minutes=24 * 60)
+def train_projector(data: ValidatedData, spec: TrainingSpec) -> TrainedProjector:
+    from llava_pipeline.stages import train
+
+    return train.train_projector(data, spec)
+
+
+@stage("llava_pipeline.stages.evaluate", minutes=240)
+def evaluate_generations(projector: TrainedProjector, spec: EvaluationSpec) -> Evaluation:
+    from llava_pipeline.stages import evaluate
+
+    return evaluate.evaluate_generations(projector, spec)
+
+
+@stage("llava_pipeline.stages.record", minutes=30, reuse=False)
+def record_run(spec: RunSpec, evaluation: Evaluation) -> RecordedRun:
+    from llava_pipeline.stages import record
+
+    return record.record_run(spec, evaluation, {"prefect.flow_run_id": str(flow_run.get_id() or "")})
+
+
+@stage("llava_pipeline.stages.promote", minutes=10, reuse=False)
+def pass_gate_and_promote(run: RecordedRun) -> Verdict:
+    from llava_pipeline.stages import promote
+
+    return promote.pass_gate_and_promote(run)

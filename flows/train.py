@@ -1,0 +1,47 @@
+"""The story: a frozen language model learns to see.
+
+    fetch backbones -> assemble & freeze -> validate the stream -> train the projector
+        -> evaluate by generating -> record the run -> pass the gate, promote
+
+Values flow from left to right; each is a small frozen model of ids, digests and counts. How a stage is retried, timed
+and reused stands in ``flows/stages.py``; what it does, in ``llava_pipeline/stages/``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows.stages import (
+    assemble_and_freeze,
+    evaluate_generations,
+    fetch_backbones,
+    pass_gate_and_promote,
+    record_run,
+    train_projector,
+    validate_stream,
+)
+from llava_pipeline.contracts import Verdict
+from llava_pipeline.spec import RunSpec
+
+
+def mark_failed(flow_: Any, flow_run: Any, state: Any) -> None:
+    """Leave a failed MLflow run with the reason, so that a night that died is seen where people look."""
+    from llava_pipeline.tracking.run import record_failure
+    from llava_pipeline.tracking.settings import load_settings
+
+    spec = RunSpec.model_validate(flow_run.parameters["spec"])
+    record_failure(spec, state.message or "unknown", load_settings(), {"prefect.flow_run_id": str(flow_run.id)})
+
+
+@flow(name="train-projector", on_failure=[mark_failed], on_crashed=[mark_failed])
+def train(spec: RunSpec) -> Verdict:
+    """Teach a frozen language model to see: only the projector learns."""
+    backbones = fetch_backbones(spec.backbones)
+    model = assemble_and_freeze(backbones, spec.model)
+    data = validate_stream(model, spec.data, spec.evaluation.max_samples)
+    projector = train_projector(data, spec.training)
+    evaluation = evaluate_generations(projector, spec.evaluation)
+    run = record_run(spec, evaluation)
+    return pass_gate_and_promote(run)

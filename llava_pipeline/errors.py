@@ -1,0 +1,114 @@
+"""Everything this package raises on purpose. A message has the values that were found and what to do about them.
+
+LlavaPipelineError                 exit code 1: something failed
+├── UserError                      exit code 2: what was asked for cannot be done as asked
+│   ├── SpecError                  unknown profile or key, value out of range, parts that contradict each other
+│   ├── IncompatibleParts          a vision tower, language model, template or artifact that do not fit together
+│   └── NoSuchRun                  a run, version or alias that does not exist
+├── BackboneError
+│   ├── BackboneUnavailable        not reachable and not cached
+│   ├── DigestMismatch             a file is not the file that was pinned
+│   └── WeightsMismatch            missing or unexpected keys or shapes in a checkpoint
+├── StoreError
+│   ├── MissingArtifact            a stage output that is not (or no longer) in the store
+│   ├── DamagedArtifact            a stage output that differs from its manifest
+│   └── DiskFull                   no space left for a stage output
+├── DataError
+│   ├── SourceUnavailable          the data cannot be read
+│   ├── TooManyRejected            more rows were refused than the spec allows
+│   └── NothingToLearn             no supervised token in the whole snapshot
+├── TrainingError
+│   ├── Diverged                   the loss or the gradient stopped being a number
+│   └── FrozenWeightsChanged       a frozen part's digest differs after training
+└── TrackingError                  MLflow cannot be reached or refuses
+"""
+
+from __future__ import annotations
+
+
+class LlavaPipelineError(Exception):
+    """Base of all errors raised on purpose. ``exit_code`` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class UserError(LlavaPipelineError):
+    """What was asked for cannot be done as asked."""
+
+    exit_code = 2
+
+
+class SpecError(UserError):
+    """Unknown profile or key, a value out of range, or parts of a spec that contradict each other."""
+
+
+class IncompatibleParts(UserError):
+    """A vision tower, language model, template or artifact that do not fit together."""
+
+
+class NoSuchRun(UserError):
+    """A run, version or alias that does not exist."""
+
+
+class BackboneError(LlavaPipelineError):
+    """A backbone cannot be had or used."""
+
+
+class BackboneUnavailable(BackboneError):
+    """Not reachable and not cached."""
+
+
+class DigestMismatch(BackboneError):
+    """A file is not the file that was pinned."""
+
+
+class WeightsMismatch(BackboneError):
+    """Missing or unexpected keys, or other shapes, in a checkpoint."""
+
+
+class StoreError(LlavaPipelineError):
+    """The store of stage outputs cannot give or take an artifact."""
+
+
+class MissingArtifact(StoreError):
+    """A stage output that is not, or no longer, in the store."""
+
+
+class DamagedArtifact(StoreError):
+    """A stage output that differs from its manifest."""
+
+
+class DiskFull(StoreError):
+    """No space left for a stage output."""
+
+
+class DataError(LlavaPipelineError):
+    """The data set cannot be used."""
+
+
+class SourceUnavailable(DataError):
+    """The data cannot be read."""
+
+
+class TooManyRejected(DataError):
+    """More rows were refused than the spec allows."""
+
+
+class NothingToLearn(DataError):
+    """No supervised token in the whole snapshot."""
+
+
+class TrainingError(LlavaPipelineError):
+    """Training cannot go on."""
+
+
+class Diverged(TrainingError):
+    """The loss or the gradient stopped being a number."""
+
+
+class FrozenWeightsChanged(TrainingError):
+    """A frozen part's digest differs after training."""
+
+
+class TrackingError(LlavaPipelineError):
+    """MLflow cannot be reached, or refuses."""

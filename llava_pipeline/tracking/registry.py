@@ -1,0 +1,299 @@
+"""Registered projectors: one registered model per profile, one version per recorded run, and aliases on versions."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llava_pipeline import store
+from llava_pipeline.contracts import Evaluation, RecordedRun, Rule
+from llava_pipeline.errors import DamagedArtifact, NoSuchRun, TrackingError
+from llava_pipeline.spec import RunSpec
+from llava_pipeline.tracking import content
+from llava_pipeline.tracking.client import connect, find_experiment, locked, refusals
+from llava_pipeline.tracking.gate import ChampionScores
+from llava_pipeline.tracking.settings import Settings
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+
+_MISSING = "RESOURCE_DOES_NOT_EXIST"
+
+
+def register(client: MlflowClient, spec: RunSpec, evaluation: Evaluation, run_id: str, settings: Settings) -> str:
+    """Make a run's projector a new version and the challenger; returns the version.
+
+    The registered model is created when missing.
+
+    Raises:
+        TrackingError: MLflow refuses.
+    """
+    name = spec.registered_model
+    with refusals(f"register the projector of run {run_id} as {name}"):
+        _ensure_registered_model(client, spec)
+        version = client.create_model_version(
+            name,
+            source=f"{client.get_run(run_id).info.artifact_uri}/projector",
+            run_id=run_id,
+            tags=content.tags_of_version(evaluation),
+            description=f"Exact match {evaluation.right_image.exact_match:.3f} on {evaluation.num_questions} "
+            f"questions, {evaluation.shuffled_image.exact_match:.3f} with shuffled pictures.",
+        )
+        client.set_registered_model_alias(name, settings.registry.challenger, version.version)
+    return str(version.version)
+
+
+def registered_model(client: MlflowClient, name: str) -> RegisteredModel | None:
+    """The registered model with its aliases, or None when nothing was registered under that name."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code == _MISSING:
+            return None
+        raise
+
+
+def aliases(name: str, settings: Settings) -> dict[str, str]:
+    """Version of every alias of a registered model; empty when there is no such model."""
+    with refusals(f"read the aliases of {name}"):
+        return _aliases(connect(settings), name)
+
+
+def version_by_alias(name: str, alias: str, settings: Settings) -> str | None:
+    """The version an alias points to, or None.
+
+    Raises:
+        TrackingError: MLflow cannot be reached, or refuses.
+    """
+    return aliases(name, settings).get(alias)
+
+
+def set_alias(name: str, alias: str, version: str, settings: Settings) -> None:
+    """Point an alias to a version. For the champion use ``promote``, which looks before it moves.
+
+    Raises:
+        NoSuchRun: there is no such version.
+        TrackingError: MLflow cannot be reached, or refuses.
+    """
+    with refusals(f"set {alias} of {name} to version {version}"):
+        client = connect(settings)
+        _require_version(client, name, version)
+        client.set_registered_model_alias(name, alias, version)
+
+
+def champion_scores(name: str, settings: Settings) -> ChampionScores | None:
+    """What the champion reached, from the tags of its version; None when there is no champion.
+
+    Raises:
+        TrackingError: MLflow cannot be reached, or the version has no scores.
+    """
+    with refusals(f"read the champion of {name}"):
+        client = connect(settings)
+        version = _aliases(client, name).get(settings.registry.champion)
+        if version is None:
+            return None
+        tags = client.get_model_version(name, version).tags
+    try:
+        return ChampionScores(
+            version=version,
+            held_out_digest=tags["llava.held_out_digest"],
+            exact_match=float(tags["llava.exact_match"]),
+            by_kind=json.loads(tags["llava.exact_match_by_kind"]),
+        )
+    except (KeyError, ValueError) as error:
+        raise TrackingError(
+            f"version {version} of {name} is champion but its tags hold no scores that can be read ({error}); "
+            "point the alias to a version that this pipeline registered, or remove the alias"
+        ) from error
+
+
+def promote(name: str, version: str, expected_champion: str | None, settings: Settings) -> tuple[str, str | None]:
+    """Make a version the champion, and the champion of now the previous one. Returns (champion, previous).
+
+    MLflow has no compare-and-set, so a lock file keeps other processes of this machine out while the champion is
+    compared with the one the decision was made against. ``previous`` is written before ``champion``: a process that
+    dies in between leaves the old champion in place. Repeating a promotion that was done changes nothing.
+
+    Raises:
+        NoSuchRun: there is no such version.
+        TrackingError: the champion is not ``expected_champion`` any more, or MLflow refuses.
+    """
+    names = settings.registry
+    with locked(name), refusals(f"promote version {version} of {name}"):
+        client = connect(settings)
+        _require_version(client, name, version)
+        found = _aliases(client, name)
+        champion = found.get(names.champion)
+        if champion == version:
+            return version, found.get(names.previous)
+        if champion != expected_champion:
+            raise TrackingError(
+                f"the champion of {name} is {_version(champion)}, but version {version} was compared with "
+                f"{_version(expected_champion)}; run the gate again against the champion of now"
+            )
+        if champion is not None:
+            client.set_registered_model_alias(name, names.previous, champion)
+        client.set_model_version_tag(
+            name, version, "llava.promoted_at", datetime.now(UTC).isoformat(timespec="seconds")
+        )
+        client.set_model_version_tag(name, version, "llava.promoted_over", champion or "none")
+        client.set_registered_model_alias(name, names.champion, version)
+        if found.get(names.challenger) == version:
+            client.delete_registered_model_alias(name, names.challenger)
+        return _read_back(client, name, version, settings)
+
+
+def write_verdict(run: RecordedRun, rules: tuple[Rule, ...], settings: Settings) -> None:
+    """Keep what the gate said with the version and the run: tags, and every rule in ``gate.json``.
+
+    Raises:
+        TrackingError: MLflow cannot be reached, or refuses.
+    """
+    outcome = "passed" if all(rule.passed for rule in rules) else "refused"
+    with refusals(f"write the gate's verdict on version {run.version} of {run.registered_model}"):
+        client = connect(settings)
+        client.log_dict(run.run_id, {"gate": outcome, "rules": [rule.model_dump() for rule in rules]}, "gate.json")
+        client.set_tag(run.run_id, "llava.gate", outcome)
+        for rule in rules:
+            said = f"{'passed' if rule.passed else 'refused'}: {rule.found}"
+            client.set_model_version_tag(run.registered_model, run.version, f"llava.gate.{rule.name}", said)
+        client.set_model_version_tag(run.registered_model, run.version, "llava.gate", outcome)
+
+
+def resolve(which: str, registered_model: str | None, settings: Settings) -> str:
+    """Id of the run meant by a run's id, or by an alias or a version of ``registered_model``.
+
+    Raises:
+        NoSuchRun: there is no such run, version or alias; the message has those that exist.
+        TrackingError: MLflow cannot be reached, or refuses.
+    """
+    with refusals(f"look up {which!r}"):
+        return _resolve(connect(settings), which, registered_model, settings)
+
+
+def download_projector(which: str, registered_model: str | None, settings: Settings) -> Path:
+    """The folder with the projector of a run (by its id), or of an alias or a version of ``registered_model``.
+
+    Kept in ``<home>/cache/projectors/<run id>``. Its digest is compared with the run's ``llava.projector_digest`` each
+    time, of the kept folder too; a kept folder that differs is downloaded again.
+
+    Raises:
+        NoSuchRun: there is no such run, version or alias, or the run has no projector.
+        DamagedArtifact: what was downloaded is not what was recorded.
+        TrackingError: MLflow cannot be reached, or refuses.
+    """
+    with refusals(f"download the projector of {which!r}"):
+        client = connect(settings)
+        run_id = _resolve(client, which, registered_model, settings)
+        run = client.get_run(run_id)
+        expected = run.data.tags.get("llava.projector_digest")
+        if expected is None or not any(item.path == "projector" for item in client.list_artifacts(run_id)):
+            raise NoSuchRun(f"run {run_id} ({run.info.status}) has no projector; choose a run that is FINISHED")
+        final = store.home() / "cache" / "projectors" / run_id
+        if not _is_whole(final, expected):
+            _download(client, run_id, expected, final)
+        return final
+
+
+def _download(client: MlflowClient, run_id: str, expected: str, final: Path) -> None:
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".downloading-", dir=final.parent) as folder:
+        downloaded = Path(client.download_artifacts(run_id, "projector", folder))
+        if not _is_whole(downloaded, expected):
+            raise DamagedArtifact(
+                f"the projector of run {run_id} is not the one that was recorded (digest {expected[:12]}); "
+                "its files in MLflow's artifact store were changed; train again or choose another run"
+            )
+        shutil.rmtree(final, ignore_errors=True)
+        downloaded.replace(final)
+
+
+def _is_whole(folder: Path, expected: str) -> bool:
+    return folder.is_dir() and store.digest_of(store.describe(folder)) == expected
+
+
+def _resolve(client: MlflowClient, which: str, model: str | None, settings: Settings) -> str:
+    from mlflow.exceptions import MlflowException
+
+    if re.fullmatch(r"[0-9a-f]{32}", which):
+        try:
+            return str(client.get_run(which).info.run_id)
+        except MlflowException as error:
+            if error.error_code != _MISSING:
+                raise
+            raise NoSuchRun(f"no run {which}; the latest are: {_latest_runs(client, settings)}") from error
+    if model is None:
+        raise NoSuchRun(f"{which!r} is not the id of a run; give 32 hexadecimal digits, or a profile with it")
+    version = which if which.isdecimal() else _aliases(client, model).get(which)
+    if version is None:
+        raise NoSuchRun(f"{model} has no alias {which!r}; {_what_exists(client, model)}")
+    return str(_require_version(client, model, version).run_id)
+
+
+def _require_version(client: MlflowClient, name: str, version: str) -> ModelVersion:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version(name, version)
+    except MlflowException as error:
+        if error.error_code not in (_MISSING, "INVALID_PARAMETER_VALUE"):
+            raise
+        raise NoSuchRun(f"{name} has no version {version}; {_what_exists(client, name)}") from error
+
+
+def _what_exists(client: MlflowClient, name: str) -> str:
+    if registered_model(client, name) is None:
+        return f"nothing is registered as {name}; run the profile first"
+    newest = client.search_model_versions(f"name = '{name}'", max_results=10, order_by=["version_number DESC"])
+    versions = ", ".join(str(version.version) for version in newest) or "none"
+    named = ", ".join(f"{alias}={version}" for alias, version in sorted(_aliases(client, name).items())) or "none"
+    return f"newest versions: {versions}; aliases: {named}"
+
+
+def _latest_runs(client: MlflowClient, settings: Settings) -> str:
+    experiment = find_experiment(client, settings)
+    if experiment is None:
+        return "none"
+    latest = client.search_runs([experiment.experiment_id], max_results=5, order_by=["attributes.start_time DESC"])
+    return ", ".join(run.info.run_id for run in latest) or "none"
+
+
+def _aliases(client: MlflowClient, name: str) -> dict[str, str]:
+    model = registered_model(client, name)
+    return {} if model is None else {alias: str(version) for alias, version in model.aliases.items()}
+
+
+def _ensure_registered_model(client: MlflowClient, spec: RunSpec) -> None:
+    from mlflow.exceptions import MlflowException
+
+    if registered_model(client, spec.registered_model) is not None:
+        return
+    about = f"Projectors trained with the profile {spec.profile}. {spec.title}".strip()
+    try:
+        client.create_registered_model(spec.registered_model, tags={"llava.profile": spec.profile}, description=about)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was faster
+            raise
+
+
+def _read_back(client: MlflowClient, name: str, version: str, settings: Settings) -> tuple[str, str | None]:
+    found = _aliases(client, name)
+    champion = found.get(settings.registry.champion)
+    if champion != version:
+        raise TrackingError(
+            f"version {version} of {name} was made champion, but {_version(champion)} is; something outside of "
+            "this pipeline moves the alias; stop it and promote again"
+        )
+    return version, found.get(settings.registry.previous)
+
+
+def _version(version: str | None) -> str:
+    return "none" if version is None else f"version {version}"

@@ -1,0 +1,187 @@
+"""One MLflow run per pipeline run: what was asked, what came out, the files, and the registered version.
+
+Every call names the run's id; there is no active run, so threads and retries cannot write into another one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import yaml
+
+from llava_pipeline import store
+from llava_pipeline.contracts import Evaluation, RecordedRun, Snapshot
+from llava_pipeline.errors import TrackingError
+from llava_pipeline.spec import HubSource, RunSpec
+from llava_pipeline.tracking import content
+from llava_pipeline.tracking.client import (
+    check_reachable,
+    connect,
+    ensure_experiment,
+    first_line,
+    is_refusal,
+    refusals,
+)
+from llava_pipeline.tracking.registry import register
+from llava_pipeline.tracking.settings import Settings
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput, Metric
+
+__all__ = ["check_reachable", "connect", "record", "record_failure"]
+
+_log = logging.getLogger(__name__)
+
+
+def record(
+    spec: RunSpec,
+    evaluation: Evaluation,
+    settings: Settings,
+    tags: dict[str, str],
+    *,
+    started: float | None = None,
+) -> RecordedRun:
+    """Record a finished pipeline run and register its projector as a new version.
+
+    Every call is a run of its own, and registers one version; the version is made last, when all
+    files are in. ``started`` is when the pipeline run began, in seconds since the epoch.
+
+    Raises:
+        TrackingError: MLflow cannot be reached, or refuses; the run ends as FAILED with the reason.
+        StoreError: the projector, the history or the answers are missing or damaged.
+    """
+    with refusals("record the run in MLflow"):
+        client = connect(settings)
+        experiment_id, run_id = _start(client, spec, settings, tags, started)
+    try:
+        _describe(client, run_id, spec, evaluation)
+        _log_files(client, run_id, spec, evaluation)
+        version = register(client, spec, evaluation, run_id, settings)
+        client.set_tag(run_id, "llava.registered_version", version)
+        client.set_terminated(run_id, "FINISHED")
+    except BaseException as error:
+        _fail(client, run_id, first_line(error))
+        if is_refusal(error):
+            raise TrackingError(f"cannot record run {run_id} in MLflow: {first_line(error)}") from error
+        raise
+    return RecordedRun(
+        run_id=run_id,
+        experiment_id=experiment_id,
+        registered_model=spec.registered_model,
+        version=version,
+        evaluation=evaluation,
+    )
+
+
+def record_failure(
+    spec: RunSpec, reason: str, settings: Settings, tags: dict[str, str], *, started: float | None = None
+) -> str | None:
+    """Record a pipeline run that died before it had a result, as a FAILED run with the reason.
+
+    Never raises: what went wrong is the reason, not this. Returns the run's id, or None when it could not be recorded.
+    """
+    try:
+        client = connect(settings)
+        _, run_id = _start(client, spec, settings, tags, started)
+    except Exception as error:
+        _log.warning("the failed run is not in MLflow: %s", first_line(error))
+        return None
+    try:
+        from mlflow.entities import Param
+
+        client.log_batch(run_id, params=[Param(*item) for item in content.parameters(spec).items()])
+        client.log_text(run_id, _as_yaml(spec), "spec.yaml")
+    except Exception as error:
+        _log.warning("the failed run %s lacks its parameters: %s", run_id, first_line(error))
+    _fail(client, run_id, reason)
+    return run_id
+
+
+def _start(
+    client: MlflowClient, spec: RunSpec, settings: Settings, tags: dict[str, str], started: float | None
+) -> tuple[str, str]:
+    """Ids of the experiment and of a new run with everything known beforehand."""
+    began = time.time() if started is None else started
+    experiment_id = ensure_experiment(client, settings)
+    name = f"{spec.profile}-{datetime.fromtimestamp(began, UTC):%Y%m%d-%H%M%S}"
+    known = content.tags_of_spec(spec) | {key: value[: content.MAX_TAG] for key, value in tags.items()}
+    run = client.create_run(experiment_id, start_time=int(began * 1000), tags=known, run_name=name)
+    return experiment_id, str(run.info.run_id)
+
+
+def _describe(client: MlflowClient, run_id: str, spec: RunSpec, evaluation: Evaluation) -> None:
+    """Parameters, metrics, tags and data sets; the client sends them in parts that a server takes."""
+    from mlflow.entities import Param, RunTag
+
+    client.log_batch(
+        run_id,
+        metrics=list(_metrics(evaluation)),
+        params=[Param(*item) for item in content.parameters(spec, evaluation).items()],
+        tags=[RunTag(*item) for item in content.tags_of_evaluation(evaluation).items()],
+    )
+    data = evaluation.projector.data
+    client.log_inputs(
+        run_id, datasets=[_dataset_input(data.train, "training"), _dataset_input(data.held_out, "evaluation")]
+    )
+
+
+def _metrics(evaluation: Evaluation) -> Iterator[Metric]:
+    """The curve of the training, which ends now on the time axis, and then the results."""
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    curve = content.training_curve(content.read_rows(content.history(evaluation)))
+    zero = now - int(1000 * max((point.seconds for point in curve), default=0.0))
+    for point in curve:
+        yield Metric(point.key, point.value, zero + int(1000 * point.seconds), point.step)
+    for key, value in content.results(evaluation).items():
+        yield Metric(key, value, now, evaluation.projector.num_steps)
+
+
+def _dataset_input(snapshot: Snapshot, context: str) -> DatasetInput:
+    """A data set as MLflow's pages show it. MLflow keeps 36 characters of a digest; the whole one is a tag."""
+    from mlflow.data.code_dataset_source import CodeDatasetSource
+    from mlflow.data.dataset_source import DatasetSource
+    from mlflow.data.huggingface_dataset_source import HuggingFaceDatasetSource
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    asked = snapshot.spec.source
+    source: DatasetSource = CodeDatasetSource(tags={"origin": snapshot.origin, **asked.model_dump(mode="json")})
+    if isinstance(asked, HubSource):
+        source = HuggingFaceDatasetSource(path=asked.repo_id, revision=snapshot.origin.rpartition("@")[2])
+    dataset = Dataset(
+        name=snapshot.origin[:500],
+        digest=snapshot.rows.digest[:32],
+        source_type=source._get_source_type(),
+        source=source.to_json(),
+        profile=json.dumps(content.dataset_profile(snapshot)),
+    )
+    return DatasetInput(dataset=dataset, tags=[InputTag(key="mlflow.data.context", value=context)])
+
+
+def _log_files(client: MlflowClient, run_id: str, spec: RunSpec, evaluation: Evaluation) -> None:
+    answers = store.open_artifact(evaluation.answers)
+    client.log_text(run_id, _as_yaml(spec), "spec.yaml")
+    client.log_artifact(run_id, str(content.history(evaluation)), "training")
+    client.log_artifacts(run_id, str(answers), "evaluation")
+    client.log_table(run_id, content.table(content.read_rows(answers / "answers.jsonl")), "evaluation/answers.json")
+    client.log_artifacts(run_id, str(store.open_artifact(evaluation.projector.projector)), "projector")
+
+
+def _as_yaml(spec: RunSpec) -> str:
+    return str(yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def _fail(client: MlflowClient, run_id: str, reason: str) -> None:
+    """End a run as FAILED; the error that led here matters more than one from here."""
+    try:
+        client.set_tag(run_id, "llava.failure", reason[: content.MAX_TAG])
+        client.set_terminated(run_id, "FAILED")
+    except Exception as error:
+        _log.warning("run %s could not be marked as failed: %s", run_id, first_line(error))

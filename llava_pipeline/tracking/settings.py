@@ -1,0 +1,221 @@
+"""Settings of tracking, registry and gate: ``mlflow.yml``. Every key has a default; an unknown key is refused."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+
+from llava_pipeline import store
+from llava_pipeline.errors import SpecError
+from llava_pipeline.spec import Frozen
+
+FILE = "mlflow.yml"
+FILE_VARIABLE = "LLAVA_PIPELINE_SETTINGS"
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+
+
+def _not_reserved(alias: str) -> str:
+    if alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", alias):
+        raise ValueError("MLflow reserves latest and v1, v2, ...")
+    return alias
+
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Alias = Annotated[str, Field(pattern=r"^[a-zA-Z][a-zA-Z0-9_-]{0,63}$"), AfterValidator(_not_reserved)]
+
+
+class ServerSettings(Frozen):
+    """How a tracking server is started."""
+
+    backend_store_uri: str | None = Field(None, description="Database of the server; null is mlflow.db in the home.")
+    artifacts_destination: str | None = Field(
+        None, description="Where the server keeps artifacts; null is mlartifacts in the home."
+    )
+    host: str = Field("127.0.0.1", description="Address the server listens on.")
+    port: Port = Field(5000, description="Port the server listens on.")
+    workers: int = Field(1, ge=1, description="Processes that answer requests.")
+    allowed_hosts: tuple[str, ...] = Field(
+        ("localhost:*", "127.0.0.1:*"), min_length=1, description="Host headers that are answered; others get a 403."
+    )
+    jobs: bool = Field(False, description="Whether background jobs run; only judges need them.")
+
+
+class TrackingSettings(Frozen):
+    """Where runs are recorded."""
+
+    uri: str | None = Field(None, description="Tracking store or server; null is sqlite mlflow.db in the home.")
+    experiment: str = Field(
+        "llava-pipeline", min_length=1, max_length=500, description="Experiment that holds the runs."
+    )
+    timeout_seconds: float = Field(10.0, gt=0, description="How long a server may take to say that it is there.")
+
+
+class RegistrySettings(Frozen):
+    """Names of the aliases of a registered model."""
+
+    champion: Alias = Field("champion", description="The version in use.")
+    challenger: Alias = Field("challenger", description="The newest version that was not promoted.")
+    previous: Alias = Field("previous", description="The champion before this one: where a rollback goes.")
+
+    @model_validator(mode="after")
+    def _are_different(self) -> RegistrySettings:
+        if len({self.champion, self.challenger, self.previous}) < 3:
+            raise ValueError("champion, challenger and previous must be three different names")
+        return self
+
+
+class GateSettings(Frozen):
+    """What a projector must reach to become champion; all values are shares of exact matches."""
+
+    min_grounding_margin: Share = Field(0.10, description="Least gain of the right picture over a shuffled one.")
+    min_over_untrained: Share = Field(0.10, description="Least gain over the projector before training.")
+    min_over_blind: Share = Field(0.02, description="Least gain over the best answer without any picture.")
+    max_regression: Share = Field(0.005, description="Most that may be lost against the champion over all questions.")
+    max_kind_regression: Share = Field(0.05, description="Most that may be lost against the champion in one kind.")
+
+
+class UiSettings(Frozen):
+    """Where MLflow's pages over the tracked runs are served to one person."""
+
+    host: str = Field("127.0.0.1", description="Address the pages are served on.")
+    port: Port = Field(5001, description="Port the pages are served on.")
+
+
+class Settings(Frozen):
+    """The whole of mlflow.yml."""
+
+    server: ServerSettings = Field(ServerSettings(), description="How a tracking server is started.")
+    tracking: TrackingSettings = Field(TrackingSettings(), description="Where runs are recorded.")
+    registry: RegistrySettings = Field(RegistrySettings(), description="Names of the aliases.")
+    gate: GateSettings = Field(GateSettings(), description="What a projector must reach to become champion.")
+    ui: UiSettings = Field(UiSettings(), description="Where MLflow's pages are served to one person.")
+
+
+def load_settings(path: Path | None = None) -> Settings:
+    """The settings of a file: ``path``, else ``$LLAVA_PIPELINE_SETTINGS``, else ./mlflow.yml, else the defaults.
+
+    ``$MLFLOW_TRACKING_URI`` wins over ``tracking.uri``.
+
+    Raises:
+        SpecError: the file cannot be read, has an unknown key or a value out of range.
+    """
+    chosen = path or _from_environment()
+    if chosen is None and Path(FILE).is_file():
+        chosen = Path(FILE)
+    settings = Settings() if chosen is None else _parse(_read(chosen), str(chosen))
+    if uri := os.environ.get(URI_VARIABLE):
+        settings = settings.model_copy(update={"tracking": settings.tracking.model_copy(update={"uri": uri})})
+    return settings
+
+
+def tracking_uri(settings: Settings) -> str:
+    """Where runs are recorded: ``tracking.uri``, or the database in the home."""
+    return settings.tracking.uri or _local_database()
+
+
+def is_server(uri: str) -> bool:
+    """Whether a tracking address is a server's, and not a database's."""
+    return uri.startswith(("http://", "https://"))
+
+
+def database_path(uri: str) -> Path | None:
+    """The file of an ``sqlite:///`` address, or None for every other address."""
+    prefix = "sqlite:///"
+    return Path(uri.removeprefix(prefix)).absolute() if uri.startswith(prefix) else None
+
+
+def server_command(settings: Settings) -> list[str]:
+    """The command that starts the tracking server of ``server:``."""
+    server = settings.server
+    return [
+        *("mlflow", "server"),
+        *("--backend-store-uri", server.backend_store_uri or _local_database()),
+        *("--artifacts-destination", server.artifacts_destination or (store.home() / "mlartifacts").as_uri()),
+        *("--host", server.host, "--port", str(server.port)),
+        *("--workers", str(server.workers)),
+        *("--allowed-hosts", ",".join(server.allowed_hosts)),
+    ]
+
+
+def ui_command(settings: Settings) -> list[str]:
+    """The command that serves MLflow's pages over the database that runs are recorded in.
+
+    Raises:
+        SpecError: runs are recorded by a server, which has its own pages.
+    """
+    uri = tracking_uri(settings)
+    if is_server(uri):
+        raise SpecError(f"runs are recorded by the server at {uri}, which serves the pages itself; open that address")
+    host, port = settings.ui.host, str(settings.ui.port)
+    return ["mlflow", "ui", "--backend-store-uri", uri, "--host", host, "--port", port, "--workers", "1"]
+
+
+def server_environment(settings: Settings) -> dict[str, str]:
+    """Environment variables for ``server_command`` and ``ui_command``."""
+    return {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": str(settings.server.jobs).lower(),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+
+
+def _local_database() -> str:
+    return f"sqlite:///{store.home() / 'mlflow.db'}"
+
+
+def _from_environment() -> Path | None:
+    value = os.environ.get(FILE_VARIABLE)
+    return Path(value) if value else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "not UTF-8"
+        raise SpecError(
+            f"cannot read the settings file {path} ({why}); check the path or unset {FILE_VARIABLE}"
+        ) from error
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise SpecError(f"{path} must be a mapping of keys to values, not {type(content).__name__}")
+    return content
+
+
+def _parse(content: dict[str, Any], where: str) -> Settings:
+    try:
+        return Settings.model_validate(content)
+    except ValidationError as error:
+        raise SpecError(f"{where}: " + "; ".join(_explain(error))) from error
+
+
+def _explain(error: ValidationError) -> list[str]:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"]) or "the file"
+        if problem["type"] == "extra_forbidden":
+            known = ", ".join(_known_keys(problem["loc"][:-1]))
+            lines.append(f"{key}: unknown key; known here: {known}; correct or remove it")
+        else:
+            lines.append(
+                f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]} (found {problem['input']!r}); correct it"
+            )
+    return lines
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Settings
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

@@ -1,0 +1,193 @@
+"""Pretrain the pocket vision tower on pictures and captions.
+
+    python -m pretraining.vision_tower --minutes 20 --out llava_pipeline/backbones/pocket/vision_tower
+
+Every patch learns to tell the words of the caption of what lies under it (a bag of words read by one linear layer,
+after Joulin et al. 2016, "Learning visual features from large weakly supervised data", arXiv 1511.02251, with region
+captions), and the class token the words of the whole caption. The reading layers are thrown away. Because they are
+linear, what they could read is what a projector can reach. Both the last and the penultimate layer are read: LLaVA
+uses the penultimate one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+from llava_pipeline.data import scenes
+
+SIDE, PATCH = 64, 16
+GRID = SIDE // PATCH
+PLACE_WORDS = ("top", "bottom", "left", "right", "center")
+WORDS = (*scenes.SIZES, *scenes.COLORS, *scenes.SHAPES, *PLACE_WORDS, "picture")
+WORD_INDEX = {word: k for k, word in enumerate(WORDS)}
+MEAN, STD = [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
+
+
+def region_words(shape: scenes.Shape) -> list[int]:
+    """The words of one shape's phrase."""
+    return [WORD_INDEX[w] for w in (shape.size, shape.color, shape.shape, *shape.place.split(" "))]
+
+
+def free_scene(rng: random.Random) -> scenes.Scene:
+    """One shape anywhere and of any size: the composition of other people's toy pictures."""
+    radius = rng.uniform(0.07, 0.27)
+    x, y = rng.uniform(radius, 1 - radius), rng.uniform(radius, 1 - radius)
+    place = scenes.PLACES[min(2, int(y * 3)) * 3 + min(2, int(x * 3))]
+    size = "small" if radius < 0.125 else "large"
+    aspect = math.exp(rng.uniform(-1.1, 1.1))
+    shape = scenes.Shape(rng.choice(scenes.SHAPES), rng.choice(tuple(scenes.COLORS)), size, place, x, y, radius, aspect)
+    return scenes.Scene((shape,), scenes.sample_background(rng))
+
+
+def sample(rng: random.Random, index: int, split: scenes.Split, seed: int):
+    """(pixels (3, H, W), patch words (P, W), caption words (W,)) of one scene, colours jittered."""
+    scene = free_scene(rng) if rng.random() < 0.35 else scenes.scene_at(seed, split, index)[0]
+    picture = scenes.draw(scene, side=scenes.PICTURE_SIZE).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    pixels = np.asarray(picture, dtype=np.float32) / 255
+    pixels = pixels + np.asarray([rng.gauss(0, 0.03) for _ in range(3)], dtype=np.float32)
+    patches = np.zeros((GRID * GRID, len(WORDS)), dtype=np.float32)
+    caption = np.zeros(len(WORDS), dtype=np.float32)
+    for shape in scene.shapes:
+        words = region_words(shape)
+        caption[words] = 1
+        mask = np.asarray(scenes.draw(scenes.Scene((shape,), (255, 255, 255)), side=SIDE).convert("RGB"), dtype=np.int16)
+        covered = (np.abs(mask - 255).max(-1) > 60).reshape(GRID, PATCH, GRID, PATCH).mean((1, 3)).reshape(-1)
+        under = covered > 0.06
+        under[covered.argmax()] = True
+        for word in words:
+            patches[under, word] = 1
+    return pixels.transpose(2, 0, 1), patches, caption
+
+
+class Pictures(torch.utils.data.IterableDataset):
+    """Endless pictures; worker ``w`` of ``n`` draws every ``n``-th."""
+
+    def __init__(self, split: scenes.Split, seed: int, batch: int):
+        self.split, self.seed, self.batch = split, seed, batch
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        index, stride = (info.id, info.num_workers) if info else (0, 1)
+        while True:
+            rows = []
+            for _ in range(self.batch):
+                rows.append(sample(random.Random(f"tower/{self.seed}/{self.split}/{index}"), index, self.split, self.seed))
+                index += stride
+            yield tuple(torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+
+
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """As the image processor does."""
+    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+@torch.no_grad()
+def evaluate(tower, heads, split: scenes.Split = "test", num_batches: int = 8) -> dict[str, float]:
+    """Linear-probe accuracy on each shape's best covered patch, penultimate layer: attribute by attribute."""
+    hits: dict[str, list[float]] = {"size": [], "color": [], "shape": [], "place": [], "all": []}
+    groups = {"size": scenes.SIZES, "color": tuple(scenes.COLORS), "shape": scenes.SHAPES}
+    for n in range(num_batches):
+        scenes_here = [scenes.scene_at(7, split, n * 64 + k)[0] for k in range(64)]
+        pixels = np.stack([
+            np.asarray(scenes.draw(s).resize((SIDE, SIDE), Image.Resampling.BICUBIC), dtype=np.float32).transpose(2, 0, 1) / 255
+            for s in scenes_here
+        ])  # fmt: skip
+        hidden = tower(normalise(torch.from_numpy(pixels)), output_hidden_states=True).hidden_states[-2][:, 1:]
+        logits = heads["patch"](hidden)
+        for b, scene in enumerate(scenes_here):
+            for shape in scene.shapes:
+                cell = min(GRID - 1, int(shape.y * GRID)) * GRID + min(GRID - 1, int(shape.x * GRID))
+                row, ok = logits[b, cell], True
+                for attribute, values in groups.items():
+                    guess = values[int(row[[WORD_INDEX[v] for v in values]].argmax())]
+                    hits[attribute].append(float(guess == getattr(shape, attribute)))
+                    ok &= guess == getattr(shape, attribute)
+                told = {w for w in PLACE_WORDS if row[WORD_INDEX[w]] > 0}
+                hits["place"].append(float(told == set(shape.place.split(" "))))
+                hits["all"].append(float(ok and hits["place"][-1] == 1))
+    return {k: round(sum(v) / len(v), 4) for k, v in hits.items()}
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    config = CLIPVisionConfig(
+        hidden_size=args.width, intermediate_size=args.width * 4, num_hidden_layers=args.layers, num_attention_heads=args.width // 64,
+        image_size=SIDE, patch_size=PATCH, hidden_act="quick_gelu", projection_dim=args.width,
+    )  # fmt: skip
+    tower = CLIPVisionModel(config)
+    heads = torch.nn.ModuleDict({
+        name: torch.nn.Linear(args.width, len(WORDS)) for name in ("patch", "last", "caption")
+    })  # fmt: skip
+    parameters = [*tower.parameters(), *heads.parameters()]
+    print(f"{sum(p.numel() for p in tower.parameters()):,} parameters", flush=True)
+    inside = [p for name, p in tower.named_parameters() if p.ndim == 2 and "embed" not in name]
+    outside = [p for name, p in tower.named_parameters() if p.ndim != 2 or "embed" in name] + [*heads.parameters()]
+    optimizers = [
+        torch.optim.Muon(inside, lr=args.lr, momentum=0.95, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(outside, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    loader = iter(torch.utils.data.DataLoader(Pictures("train", args.seed, args.batch), batch_size=None, num_workers=args.workers))
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    started, step, last = time.monotonic(), 0, time.monotonic()
+    while (share := (time.monotonic() - started) / (60 * args.minutes)) < 1:
+        rate = args.lr * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = rate
+        pixels, patches, caption = next(loader)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            states = tower(normalise(pixels), output_hidden_states=True).hidden_states
+            guess = heads["patch"](states[-2][:, 1:]), heads["last"](states[-1][:, 1:]), heads["caption"](states[-1][:, 0])
+        losses = [bce(g.float(), want) for g, want in zip(guess, (patches, patches, caption), strict=True)]
+        loss = losses[0] + 0.3 * losses[1] + 0.3 * losses[2]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if step % 100 == 0:
+            print(f"step {step} {share:6.1%} loss {loss.item():.4f} patch {losses[0].item():.4f} {time.monotonic() - started:.0f} s", flush=True)
+        if time.monotonic() - last > 120:
+            last = time.monotonic()
+            print(evaluate(tower, heads, num_batches=4), flush=True)
+            save(tower, args.out, {})
+    scores = evaluate(tower, heads, num_batches=32)
+    print(json.dumps(scores))
+    save(tower, args.out, {"scores": scores, "steps": step, "pictures": step * args.batch, "minutes": args.minutes, "seed": args.seed})
+
+
+def save(tower: CLIPVisionModel, out: Path, card: dict) -> None:
+    """Half-precision safetensors, configuration and image processor in the layout of the hub."""
+    import copy
+
+    copy.deepcopy(tower).half().save_pretrained(out)
+    CLIPImageProcessor(
+        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_mean=MEAN, image_std=STD
+    ).save_pretrained(out)
+    (out / "pretraining.json").write_text(json.dumps(card, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--bf16", action="store_true")
+    train(parser.parse_args())

@@ -1,0 +1,205 @@
+"""Fixtures: real MLflow on SQLite, from a database that is migrated once, and an evaluation with small artifacts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llava_pipeline import store
+from llava_pipeline.contracts import (
+    ArtifactRef,
+    AssembledModel,
+    Backbones,
+    Evaluation,
+    FetchedBackbone,
+    Score,
+    Snapshot,
+    TrainedProjector,
+    ValidatedData,
+)
+from llava_pipeline.spec import (
+    BackbonesSpec,
+    DataSpec,
+    EvaluationSpec,
+    ModelSpec,
+    RandomBackbone,
+    RunSpec,
+    ScenesSource,
+    TrainingSpec,
+)
+from llava_pipeline.tracking.client import connect
+from llava_pipeline.tracking.settings import FILE_VARIABLE, URI_VARIABLE, Settings
+
+MakeEvaluation = Callable[..., Evaluation]
+NUM_STEPS = 3
+
+
+@pytest.fixture(scope="session")
+def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with its tables: creating them takes seconds, copying the file none."""
+    home = tmp_path_factory.mktemp("migrated")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLAVA_PIPELINE_HOME", str(home))
+        patch.delenv(URI_VARIABLE, raising=False)
+        connect(Settings())
+    return home / "mlflow.db"
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home of the pipeline, and a working directory without an mlflow.yml."""
+    for variable in (URI_VARIABLE, FILE_VARIABLE, "MLFLOW_REGISTRY_URI"):
+        monkeypatch.delenv(variable, raising=False)
+    folder = tmp_path / "home"
+    folder.mkdir()
+    monkeypatch.setenv("LLAVA_PIPELINE_HOME", str(folder))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return folder
+
+
+@pytest.fixture
+def settings(home: Path, migrated_database: Path) -> Settings:
+    """The defaults, with MLflow's tables in place."""
+    shutil.copy(migrated_database, home / "mlflow.db")
+    return Settings()
+
+
+@pytest.fixture
+def spec() -> RunSpec:
+    """A small spec."""
+    backbone = RandomBackbone(like="pocket/vision_tower", overrides={"hidden_size": 32})
+    return RunSpec(
+        profile="tiny",
+        title="For tests.",
+        backbones=BackbonesSpec(vision_tower=backbone, language_model=backbone),
+        data=DataSpec(source=ScenesSource(), max_samples=8),
+        training=TrainingSpec(max_steps=NUM_STEPS),
+        evaluation=EvaluationSpec(max_samples=2),
+    )
+
+
+@pytest.fixture
+def make_evaluation(home: Path) -> MakeEvaluation:
+    """Builds an evaluation whose projector, history and answers are in the store; scores can be chosen."""
+    return build_evaluation
+
+
+def build_evaluation(
+    *,
+    right: float = 0.9,
+    by_kind: dict[str, float] | None = None,
+    shuffled: float = 0.4,
+    untrained: float = 0.1,
+    blind: float = 0.5,
+    loss: float | None = 0.2,
+    loss_shuffled: float | None = 1.5,
+    final_loss: float = 0.25,
+    held_out: str = "d",
+    frozen_after: str = "f",
+    weights: bytes = b"weights",
+    num_steps: int = NUM_STEPS,
+) -> Evaluation:
+    """An evaluation with real small artifacts."""
+    kinds = {"color": right, "yes/no": right} if by_kind is None else by_kind
+    projector = TrainedProjector(
+        model=_model(),
+        data=_data(held_out),
+        projector=_artifact("projector", {"projector.safetensors": weights, "manifest.json": b"{}"}),
+        history=_artifact("history", {"history.jsonl": _history(num_steps)}),
+        num_steps=num_steps,
+        num_samples=24,
+        num_skipped_steps=0,
+        final_loss=final_loss,
+        seconds=12.5,
+        device="cpu",
+        precision="float32",
+        peak_memory_bytes=1 << 20,
+        frozen_digest_after=frozen_after * 64,
+    )
+    return Evaluation(
+        projector=projector,
+        answers=_answers(),
+        num_questions=2,
+        held_out_digest=held_out * 64,
+        right_image=Score(exact_match=right, by_kind=kinds, loss=loss),
+        shuffled_image=Score(exact_match=shuffled, by_kind=dict.fromkeys(kinds, shuffled), loss=loss_shuffled),
+        untrained=Score(exact_match=untrained, by_kind=dict.fromkeys(kinds, untrained), loss=3.0),
+        blind_rate=blind,
+        blind_by_kind=dict.fromkeys(kinds, blind),
+        seconds=2.0,
+    )
+
+
+def _model() -> AssembledModel:
+    files = ArtifactRef(kind="backbone", digest="a" * 64, num_bytes=1)
+    part = FetchedBackbone(
+        origin="embedded:pocket/part", license="Apache-2.0", weights="w", files=files, sha256={"w": "b" * 64}
+    )
+    return AssembledModel(
+        backbones=Backbones(vision_tower=part, language_model=part),
+        spec=ModelSpec(),
+        image_size=32,
+        num_image_tokens=16,
+        num_total=1_100,
+        num_trainable=100,
+        num_frozen=1_000,
+        frozen_digest="f" * 64,
+        num_ignored_weights={},
+    )
+
+
+def _data(held_out: str) -> ValidatedData:
+    def snapshot(digest: str) -> Snapshot:
+        return Snapshot(
+            spec=DataSpec(source=ScenesSource(), max_samples=8),
+            rows=ArtifactRef(kind="rows", digest=digest * 64, num_bytes=1),
+            origin="scenes:1",
+            num_read=9,
+            num_kept=8,
+            rejected={"too long": 1},
+            num_images=8,
+            num_supervised_tokens=40,
+            num_tokens=200,
+        )
+
+    return ValidatedData(model=_model(), train=snapshot("c"), held_out=snapshot(held_out))
+
+
+def _history(num_steps: int) -> bytes:
+    rows = [
+        {
+            "step": step,
+            "loss": 3.0 / step,
+            "learning_rate": 1e-3,
+            "grad_norm": 0.5,
+            "num_tokens": 200,
+            "num_samples": 8,
+            "seconds": 0.5,
+            "skipped": False,
+        }
+        for step in range(1, num_steps + 1)
+    ]
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def _answers() -> ArtifactRef:
+    row = {"id": "1", "kind": "color", "question": "Which color?", "truth": "red", "answer": "red"}
+    rows = [row | {"answer_shuffled": "blue", "answer_untrained": "", "loss": 0.1}, row | {"id": "2", "loss": None}]
+    with store.writing("answers") as (folder, done):
+        (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        for name in ("grid.png", "loss.png"):
+            Image.new("RGB", (8, 8)).save(folder / name)
+    return done[0]
+
+
+def _artifact(kind: str, files: dict[str, bytes]) -> ArtifactRef:
+    with store.writing(kind) as (folder, done):
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+    return done[0]

@@ -1,0 +1,84 @@
+"""The same over HTTP, with a server started by the command that the settings give."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llava_pipeline.errors import TrackingError
+from llava_pipeline.spec import RunSpec
+from llava_pipeline.tracking import listing, registry
+from llava_pipeline.tracking.client import check_reachable, connect
+from llava_pipeline.tracking.gate import decide
+from llava_pipeline.tracking.run import record
+from llava_pipeline.tracking.settings import (
+    ServerSettings,
+    Settings,
+    TrackingSettings,
+    server_command,
+    server_environment,
+)
+from tests.tracking.conftest import MakeEvaluation
+
+BOOT_SECONDS = 120
+
+
+@pytest.fixture
+def served(settings: Settings, home: Path) -> Iterator[Settings]:
+    """Settings of a client of a running server."""
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        port = opened.getsockname()[1]
+    server = Settings(server=ServerSettings(port=port))
+    executable, *arguments = server_command(server)
+    process = subprocess.Popen(
+        [str(Path(sys.executable).with_name(executable)), *arguments],
+        env=os.environ | server_environment(server),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    client = Settings(tracking=TrackingSettings(uri=f"http://127.0.0.1:{port}"))
+    try:
+        _wait(client)
+        yield client
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=30)
+
+
+def _wait(client: Settings) -> None:
+    deadline = time.monotonic() + BOOT_SECONDS
+    while True:
+        try:
+            check_reachable(client)
+        except TrackingError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+        else:
+            return
+
+
+@pytest.mark.slow
+def test_record_promote_and_download_over_http(
+    spec: RunSpec, make_evaluation: MakeEvaluation, served: Settings, home: Path
+) -> None:
+    recorded = record(spec, make_evaluation(num_steps=450), served, {})  # more than one request may hold
+    assert connect(served).get_run(recorded.run_id).info.artifact_uri.startswith("mlflow-artifacts:/")
+    rules = decide(recorded.evaluation, registry.champion_scores(recorded.registered_model, served), served.gate)
+    registry.write_verdict(recorded, rules, served)
+    assert registry.promote(recorded.registered_model, recorded.version, None, served) == ("1", None)
+    folder = registry.download_projector("champion", recorded.registered_model, served)
+    assert (folder / "projector.safetensors").read_bytes() == b"weights"
+    (row,) = listing.runs(served, "tiny", 5)
+    assert (row["run_id"], row["status"], row["aliases"]) == (recorded.run_id, "FINISHED", ["champion"])
+    assert list((home / "mlartifacts").rglob("grid.png"))
