@@ -14,8 +14,10 @@ from llava_pipeline.store import home
 def local_defaults(debug: bool = False) -> None:
     """Set what is not set: Prefect's folder below ours, quiet logs, patience for slow starts, no telemetry."""
     level = "INFO" if debug else "CRITICAL"
+    prefect_home = home() / "prefect"
+    prefect_home.mkdir(parents=True, exist_ok=True)  # Prefect makes one folder only, and without it waits in vain
     for name, value in {
-        "PREFECT_HOME": str(home() / "prefect"),
+        "PREFECT_HOME": str(prefect_home),
         "PREFECT_LOGGING_LEVEL": level,
         "PREFECT_LOGGING_SERVER_LEVEL": "WARNING" if debug else "CRITICAL",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "llava_pipeline",

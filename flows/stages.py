@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
-from prefect import task
+from prefect import Task
 from prefect.cache_policies import INPUTS, NO_CACHE, CachePolicy
 from prefect.context import TaskRunContext
 from prefect.runtime import flow_run
@@ -84,17 +84,19 @@ def will_pass(task_: Any, task_run: Any, state: Any) -> bool:
     return False
 
 
-def stage(module: str, minutes: float, retries: int = 0, reuse: bool = True) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def stage(
+    module: str, minutes: float, retries: int = 0, reuse: bool = True
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a Prefect task of a stage, and tell when its result is reused."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        prefect_task = task(
+        prefect_task = Task(
             function,
             name=function.__name__.replace("_", "-"),
             retries=retries,
-            retry_delay_seconds=exponential_backoff(5) if retries else None,
-            retry_jitter_factor=0.5 if retries else None,
-            retry_condition_fn=will_pass if retries else None,
+            retry_delay_seconds=exponential_backoff(5),
+            retry_jitter_factor=0.5,
+            retry_condition_fn=will_pass,
             timeout_seconds=minutes * MINUTE,
             cache_policy=SameInputsSameCode(module=module) if reuse else NO_CACHE,
             persist_result=reuse,
@@ -107,7 +109,7 @@ def stage(module: str, minutes: float, retries: int = 0, reuse: bool = True) -> 
             state = prefect_task(*args, return_state=True, **kwargs)
             if state.name == "Cached":
                 log.info("%s: nothing changed, the earlier result is reused", prefect_task.name)
-            return state.result()  # type: ignore[no-any-return]
+            return state.result()
 
         return call
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import flow
+import prefect
 
 from flows.stages import (
     assemble_and_freeze,
@@ -26,7 +26,7 @@ from llava_pipeline.contracts import Verdict
 from llava_pipeline.spec import RunSpec
 
 
-def mark_failed(flow_: Any, flow_run: Any, state: Any) -> None:
+def mark_failed(flow: Any, flow_run: Any, state: Any) -> None:
     """Leave a failed MLflow run with the reason, so that a night that died is seen where people look."""
     from llava_pipeline.tracking.run import record_failure
     from llava_pipeline.tracking.settings import load_settings
@@ -35,7 +35,7 @@ def mark_failed(flow_: Any, flow_run: Any, state: Any) -> None:
     record_failure(spec, state.message or "unknown", load_settings(), {"prefect.flow_run_id": str(flow_run.id)})
 
 
-@flow(name="train-projector", on_failure=[mark_failed], on_crashed=[mark_failed])
+@prefect.flow(name="train-projector", on_failure=[mark_failed], on_crashed=[mark_failed])
 def train(spec: RunSpec) -> Verdict:
     """Teach a frozen language model to see: only the projector learns."""
     backbones = fetch_backbones(spec.backbones)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from llava_pipeline.spec import BackbonesSpec, DataSpec, Frozen, ModelSpec, Sha256
+from llava_pipeline.spec import DataSpec, Frozen, ModelSpec, Sha256
 
 
 class ArtifactRef(Frozen):
@@ -96,6 +96,13 @@ class Score(Frozen):
     loss: float | None = None  # nats per answer token; None where it was not measured
 
 
+class AskedQuestion(Frozen):
+    """A question that was put to the trained model about the spec's own picture, and what it said."""
+
+    question: str
+    answer: str
+
+
 class Evaluation(Frozen):
     """The same held-out questions under each condition, and every answer on file."""
 
@@ -108,6 +115,7 @@ class Evaluation(Frozen):
     untrained: Score
     blind_rate: float  # of the best answer per question text, learned on the training rows
     blind_by_kind: dict[str, float]
+    asked: tuple[AskedQuestion, ...] = ()  # empty where the spec asks nothing, or its picture could not be had
     seconds: float
 
 
@@ -141,8 +149,3 @@ class Verdict(Frozen):
     previous: str | None
     run_id: str
 
-
-class FetchRequest(Frozen):
-    """Input of the first stage."""
-
-    backbones: BackbonesSpec

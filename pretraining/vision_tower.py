@@ -1,17 +1,18 @@
 """Pretrain the pocket vision tower on pictures and captions.
 
-    python -m pretraining.vision_tower --minutes 20 --out llava_pipeline/backbones/pocket/vision_tower
+    python -m pretraining.vision_tower --out llava_pipeline/backbones/pocket/vision_tower
 
 Every patch learns to tell the words of the caption of what lies under it (a bag of words read by one linear layer,
 after Joulin et al. 2016, "Learning visual features from large weakly supervised data", arXiv 1511.02251, with region
 captions), and the class token the words of the whole caption. The reading layers are thrown away. Because they are
 linear, what they could read is what a projector can reach. Both the last and the penultimate layer are read: LLaVA
-uses the penultimate one.
+uses the penultimate one. The same seed, number of steps and threads give the same weights on the same machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import random
@@ -24,6 +25,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from llava_pipeline.data import scenes
+from pretraining.muon import new_optimizers
 
 SIDE, PATCH = 64, 16
 GRID = SIDE // PATCH
@@ -60,7 +62,9 @@ def sample(rng: random.Random, index: int, split: scenes.Split, seed: int):
     for shape in scene.shapes:
         words = region_words(shape)
         caption[words] = 1
-        mask = np.asarray(scenes.draw(scenes.Scene((shape,), (255, 255, 255)), side=SIDE).convert("RGB"), dtype=np.int16)
+        mask = np.asarray(
+            scenes.draw(scenes.Scene((shape,), (255, 255, 255)), side=SIDE).convert("RGB"), dtype=np.int16
+        )
         covered = (np.abs(mask - 255).max(-1) > 60).reshape(GRID, PATCH, GRID, PATCH).mean((1, 3)).reshape(-1)
         under = covered > 0.06
         under[covered.argmax()] = True
@@ -81,7 +85,9 @@ class Pictures(torch.utils.data.IterableDataset):
         while True:
             rows = []
             for _ in range(self.batch):
-                rows.append(sample(random.Random(f"tower/{self.seed}/{self.split}/{index}"), index, self.split, self.seed))
+                rows.append(
+                    sample(random.Random(f"tower/{self.seed}/{self.split}/{index}"), index, self.split, self.seed)
+                )
                 index += stride
             yield tuple(torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
 
@@ -118,59 +124,59 @@ def evaluate(tower, heads, split: scenes.Split = "test", num_batches: int = 8) -
     return {k: round(sum(v) / len(v), 4) for k, v in hits.items()}
 
 
+def rate_at(share: float, peak: float) -> float:
+    """Learning rate after ``share`` of the steps: a warm-up, then a cosine to a fiftieth."""
+    return peak * min(1.0, share / 0.03) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
 def train(args: argparse.Namespace) -> None:
+    """Train for ``--steps`` and write tower, image settings and card; scores are printed on the way."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     config = CLIPVisionConfig(
-        hidden_size=args.width, intermediate_size=args.width * 4, num_hidden_layers=args.layers, num_attention_heads=args.width // 64,
+        hidden_size=args.width, intermediate_size=args.width * 4, num_hidden_layers=args.layers, num_attention_heads=args.width // 32,
         image_size=SIDE, patch_size=PATCH, hidden_act="quick_gelu", projection_dim=args.width,
     )  # fmt: skip
     tower = CLIPVisionModel(config)
-    heads = torch.nn.ModuleDict({
-        name: torch.nn.Linear(args.width, len(WORDS)) for name in ("patch", "last", "caption")
-    })  # fmt: skip
+    names = ("patch", "last", "caption")
+    heads = torch.nn.ModuleDict({name: torch.nn.Linear(args.width, len(WORDS)) for name in names})
     parameters = [*tower.parameters(), *heads.parameters()]
-    print(f"{sum(p.numel() for p in tower.parameters()):,} parameters", flush=True)
-    inside = [p for name, p in tower.named_parameters() if p.ndim == 2 and "embed" not in name]
-    outside = [p for name, p in tower.named_parameters() if p.ndim != 2 or "embed" in name] + [*heads.parameters()]
-    optimizers = [
-        torch.optim.Muon(inside, lr=args.lr, momentum=0.95, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(outside, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-    loader = iter(torch.utils.data.DataLoader(Pictures("train", args.seed, args.batch), batch_size=None, num_workers=args.workers))
+    num_parameters = sum(p.numel() for p in tower.parameters())
+    print(f"{num_parameters:,} parameters", flush=True)
+    optimizers = new_optimizers([tower, heads], args.lr, weight_decay=0.02)
+    pictures = Pictures("train", args.seed, args.batch)
+    loader = iter(torch.utils.data.DataLoader(pictures, batch_size=None, num_workers=args.workers))
     bce = torch.nn.functional.binary_cross_entropy_with_logits
-    started, step, last = time.monotonic(), 0, time.monotonic()
-    while (share := (time.monotonic() - started) / (60 * args.minutes)) < 1:
-        rate = args.lr * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
+    started = time.monotonic()
+    for step in range(args.steps):
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = rate
+            group["lr"] = rate_at(step / args.steps, args.lr)
         pixels, patches, caption = next(loader)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            states = tower(normalise(pixels), output_hidden_states=True).hidden_states
-            guess = heads["patch"](states[-2][:, 1:]), heads["last"](states[-1][:, 1:]), heads["caption"](states[-1][:, 0])
-        losses = [bce(g.float(), want) for g, want in zip(guess, (patches, patches, caption), strict=True)]
+        states = tower(normalise(pixels), output_hidden_states=True).hidden_states
+        guess = heads["patch"](states[-2][:, 1:]), heads["last"](states[-1][:, 1:]), heads["caption"](states[-1][:, 0])
+        losses = [bce(told, want) for told, want in zip(guess, (patches, patches, caption), strict=True)]
         loss = losses[0] + 0.3 * losses[1] + 0.3 * losses[2]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        step += 1
-        if step % 100 == 0:
-            print(f"step {step} {share:6.1%} loss {loss.item():.4f} patch {losses[0].item():.4f} {time.monotonic() - started:.0f} s", flush=True)
-        if time.monotonic() - last > 120:
-            last = time.monotonic()
+        if (step + 1) % 50 == 0:
+            told = f"step {step + 1} loss {loss.item():.4f} patch {losses[0].item():.4f}"
+            print(f"{told} {time.monotonic() - started:.0f} s", flush=True)
+        if (step + 1) % args.every == 0:
             print(evaluate(tower, heads, num_batches=4), flush=True)
-            save(tower, args.out, {})
+            save(tower, args.out, {"step": step + 1})
+    minutes = (time.monotonic() - started) / 60
     scores = evaluate(tower, heads, num_batches=32)
+    facts = {"num_parameters": num_parameters, "steps": args.steps, "pictures": args.steps * args.batch}
+    facts |= {"minutes": round(minutes, 1), "threads": args.threads, "torch": torch.__version__}
+    save(tower, args.out, {"scores": scores, "seed": args.seed, **facts})
     print(json.dumps(scores))
-    save(tower, args.out, {"scores": scores, "steps": step, "pictures": step * args.batch, "minutes": args.minutes, "seed": args.seed})
 
 
 def save(tower: CLIPVisionModel, out: Path, card: dict) -> None:
     """Half-precision safetensors, configuration and image processor in the layout of the hub."""
-    import copy
-
     copy.deepcopy(tower).half().save_pretrained(out)
     CLIPImageProcessor(
         size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_mean=MEAN, image_std=STD
@@ -181,13 +187,13 @@ def save(tower: CLIPVisionModel, out: Path, card: dict) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--every", type=int, default=250, help="steps between scores")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=192)
+    parser.add_argument("--layers", type=int, default=7)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--bf16", action="store_true")
     train(parser.parse_args())

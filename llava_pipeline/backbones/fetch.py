@@ -113,7 +113,12 @@ def _link(source: Path, target: Path) -> None:
 # --------------------------------------------------------------------------------------------- folders
 
 
-def _fetch_from_source(part: HubBackbone, source: Path) -> FetchedBackbone:
+def source_folder(part: HubBackbone, source: Path) -> Path:
+    """Where a repository lies below a local folder that stands in for the hub.
+
+    Raises:
+        BackboneUnavailable: in none of the layouts that are known.
+    """
     source = source.expanduser().absolute()
     looked = _places(part, source)
     folder = next((place for place in looked if place.is_dir()), None)
@@ -123,6 +128,11 @@ def _fetch_from_source(part: HubBackbone, source: Path) -> FetchedBackbone:
             f"{part.repo_id} is not below {source}; looked for {places}: "
             "put its files at one of these, or correct --set backbones.source"
         )
+    return folder
+
+
+def _fetch_from_source(part: HubBackbone, source: Path) -> FetchedBackbone:
+    folder = source_folder(part, source)
     fetched = _fetch_from_folder(folder, part.weights, f"folder:{part.repo_id}", part.license)
     for name, pinned in part.sha256.items():
         if fetched.sha256.get(name, pinned) != pinned:

@@ -46,7 +46,8 @@ def not_one_image(record: Record) -> str | None:
 
 
 STRUCTURE: dict[str, Check] = {
-    check.__name__: check for check in (no_messages, roles_out_of_order, empty_turn, image_count_mismatch, not_one_image)
+    check.__name__: check
+    for check in (no_messages, roles_out_of_order, empty_turn, image_count_mismatch, not_one_image)
 }
 REASONS = (
     "malformed",

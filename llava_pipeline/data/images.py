@@ -6,8 +6,6 @@ Limits are checked before anything is decoded: a 157-byte PNG of 1x20000 pixels 
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -24,7 +22,7 @@ class ImageRefused(Exception):
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
-        self.reason = reason
+        self.reason, self.detail = reason, detail
 
 
 def decode(data: bytes) -> Image.Image:
@@ -40,10 +38,13 @@ def decode(data: bytes) -> Image.Image:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         check_size(*image.size)
         image.load()
-        image = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+        return to_rgb(ImageOps.exif_transpose(image))
+    except ImageRefused:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageRefused("image_too_many_pixels", f"at most {MAX_PIXELS} pixels") from error
+    except Exception as error:  # Pillow's decoders raise whatever they stumble over in damaged bytes
         raise ImageRefused("image_unreadable", type(error).__name__) from error
-    return to_rgb(image)
 
 
 def check_size(width: int, height: int) -> None:
@@ -60,7 +61,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB without the surprises: Pillow clips 16-bit greys to white and shows hidden colours of alpha."""
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.float64)
-        return Image.fromarray((grey / (65535 if grey.max() > 255 else 255) * 255).round().astype(np.uint8)).convert("RGB")
+        top = 255.0 if image.mode == "I" and grey.max() <= 255 else 65535.0  # "I" alone does not tell how deep it is
+        return Image.fromarray((grey / top * 255).clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
         top = 1.0 if grey.max() <= 1 else 255.0

@@ -29,7 +29,9 @@ class Record:
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """(question, answer) of every round."""
-        texts = ["".join(item["text"] for item in m["content"] if item["type"] == "text").strip() for m in self.messages]
+        texts = [
+            "".join(item["text"] for item in m["content"] if item["type"] == "text").strip() for m in self.messages
+        ]
         return list(zip(texts[::2], texts[1::2], strict=True))
 
 
@@ -43,7 +45,7 @@ def normalise(row: Row) -> Record:
     Raises:
         Malformed: a field is missing or of another type.
     """
-    messages = row.get("messages")
+    messages, kinds = row.get("messages"), _list(row, "kinds")
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise Malformed("messages is not a list of objects")
     out = []
@@ -54,7 +56,11 @@ def normalise(row: Row) -> Record:
         if not isinstance(role, str) or not isinstance(content, list):
             raise Malformed("a message needs a role and a content")
         out.append({"role": role, "content": [_item(item) for item in content]})
-    return Record(str(row.get("id", "")), out, [_bytes(i) for i in _list(row, "images")], list(row.get("kinds") or []))
+    if kinds and (len(kinds) * 2 != len(out) or not all(isinstance(kind, str) for kind in kinds)):
+        raise Malformed("kinds is not one name per question")
+    return Record(
+        _text(str(row.get("id", ""))), out, [_bytes(i) for i in _list(row, "images")], [_text(k) for k in kinds]
+    )
 
 
 def _list(row: Row, key: str) -> list[Any]:
@@ -70,8 +76,17 @@ def _item(item: Any) -> dict[str, Any]:
     if isinstance(item, dict) and item.get("type") == "image":
         return {"type": "image"}
     if isinstance(item, dict) and item.get("type") == "text" and isinstance(item.get("text"), str):
-        return {"type": "text", "text": item["text"]}
+        return {"type": "text", "text": _text(item["text"])}
     raise Malformed("a content item is neither text nor image")
+
+
+def _text(text: str) -> str:
+    """The text itself, unless it holds half a surrogate pair, which no file and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Malformed("a text is not valid Unicode") from error
+    return text
 
 
 def _bytes(image: Any) -> bytes:

@@ -135,7 +135,10 @@ def outline(shape: Shape, side: int) -> list[tuple[float, float]] | tuple[float,
         return [(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)]
     if shape.shape == "star":
         return [
-            (x + (r if k % 2 == 0 else 0.42 * r) * sin(k * pi / 5), y - (r if k % 2 == 0 else 0.42 * r) * cos(k * pi / 5))
+            (
+                x + (r if k % 2 == 0 else 0.42 * r) * sin(k * pi / 5),
+                y - (r if k % 2 == 0 else 0.42 * r) * cos(k * pi / 5),
+            )
             for k in range(10)
         ]
     t = 0.34 * r  # half the thickness of a cross's bars
@@ -289,8 +292,8 @@ def turn(role: str, text: str, with_image: bool = False) -> dict[str, Any]:
     return {"role": role, "content": [*content, {"index": None, "text": prefix + text, "type": "text"}]}
 
 
-def record(seed: int, split: Split, index: int) -> dict[str, Any]:
-    """Row ``index`` of a split: ``{"id", "messages", "images", "kinds"}``.
+def questions_at(seed: int, split: Split, index: int) -> tuple[Scene, list[Question]]:
+    """The scene of row ``index`` of a split and what is asked about it; nothing is drawn.
 
     A train row is a conversation of up to five questions of different kinds, ending with a caption in every other
     row (a caption answers everything, so nothing may come after it). A test row asks one question.
@@ -299,15 +302,18 @@ def record(seed: int, split: Split, index: int) -> dict[str, Any]:
     if split == "train":
         kinds = rng.sample(KINDS, 5)
         questions = [question for kind in kinds if (question := ASK[kind](rng, scene)) is not None]
-        if index % 2 == 0:
-            questions = [*questions[:3], ask_caption(rng, scene)]
-    else:
-        kind, question = KINDS[index % len(KINDS)], None
-        while (question := ASK[kind](rng, scene)) is None:
-            scene = sample_scene(rng)
-            if int(scene.layout_digest[:8], 16) % TEST_SHARE != 0:
-                scene = scene_at(seed, split, rng.randrange(1 << 40))[0]
-        questions = [question]
+        return scene, [*questions[:3], ask_caption(rng, scene)] if index % 2 == 0 else questions
+    kind = KINDS[index % len(KINDS)]
+    while (question := ASK[kind](rng, scene)) is None:
+        scene = sample_scene(rng)
+        if int(scene.layout_digest[:8], 16) % TEST_SHARE != 0:
+            scene = scene_at(seed, split, rng.randrange(1 << 40))[0]
+    return scene, [question]
+
+
+def record(seed: int, split: Split, index: int) -> dict[str, Any]:
+    """Row ``index`` of a split: ``{"id", "messages", "images", "kinds"}``."""
+    scene, questions = questions_at(seed, split, index)
     messages = []
     for k, question in enumerate(questions):
         messages += [turn("user", question.text, with_image=k == 0), turn("assistant", question.answer)]

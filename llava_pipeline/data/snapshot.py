@@ -2,7 +2,7 @@
 
 ``rows.parquet``  id, questions, answers, kinds, input_ids, labels, image (row number in images.parquet)
 ``images.parquet`` sha256, data (the bytes as they came)
-``rejected.jsonl`` id, position, reason, detail, sha256 of the row's first image
+``rejected.jsonl`` id, position, reason, detail
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from llava_pipeline.store import open_artifact, writing
 
 ROWS_PER_SHARD = 1024
 ROW_SCHEMA = pa.schema([
-    ("id", pa.string()), ("questions", pa.list_(pa.string())), ("answers", pa.list_(pa.string())), ("kinds", pa.list_(pa.string())),
+    ("id", pa.string()), *((name, pa.list_(pa.string())) for name in ("questions", "answers", "kinds")),
     ("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("image", pa.int64()),
 ])  # fmt: skip
 IMAGE_SCHEMA = pa.schema([("sha256", pa.string()), ("data", pa.binary())])
@@ -62,7 +62,7 @@ def check(row: Row, processor: Processor, max_tokens: int) -> tuple[Record, Enco
     try:
         decode(record.images[0])
     except ImageRefused as error:
-        raise RowRefused(error.reason, str(error)) from error
+        raise RowRefused(error.reason, error.detail) from error
     encoded = processor.encode(record.messages)
     if len(encoded.input_ids) > max_tokens:
         raise RowRefused("too_many_tokens", f"{len(encoded.input_ids)} tokens, at most {max_tokens}")
@@ -137,7 +137,7 @@ def take(
 
     Raises:
         SourceUnavailable: the source gave no row at all.
-        TooManyRejected: more than ``spec.max_rejected_share`` of at least 50 rows were refused.
+        TooManyRejected: more than ``spec.max_rejected_share`` were refused, at the end or once 200 rows were read.
         NothingToLearn: every row was refused.
     """
     totals = Totals()
@@ -166,7 +166,9 @@ def take(
         if totals.num_read == 0:
             raise SourceUnavailable(f"{origin} has no rows; check data.source")
         if totals.num_kept == 0:
-            raise NothingToLearn(f"all {totals.num_read} rows of {origin} were refused: {leading_reasons(totals.rejected)}")
+            raise NothingToLearn(
+                f"all {totals.num_read} rows of {origin} were refused: {leading_reasons(totals.rejected)}"
+            )
         refuse_if_too_many(totals, spec, at_end=True)
     return Snapshot(
         spec=spec, rows=done[0], origin=origin, num_read=totals.num_read, num_kept=totals.num_kept,

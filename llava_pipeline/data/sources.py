@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import zipfile
 from collections.abc import Iterator
+from glob import escape
 from pathlib import Path
 from typing import Any, Literal
 
 from llava_pipeline.backbones.wheel import fetch_wheel
 from llava_pipeline.data import scenes
 from llava_pipeline.data.record import Row
-from llava_pipeline.errors import SourceUnavailable
+from llava_pipeline.errors import BackboneUnavailable, SourceUnavailable
 from llava_pipeline.spec import EasyVqaSource, HubSource, ScenesSource, Source
+from llava_pipeline.store import home
 
 Split = Literal["train", "test"]
+HUB_SECONDS = 10.0  # a hub that does not answer for so long is not there
 
 
 def stream(source: Source, split: Split) -> tuple[str, Iterator[Row]]:
@@ -44,8 +48,16 @@ KIND_OF_ANSWER = {"yes": "yes/no", "no": "yes/no", "circle": "shape", "rectangle
 
 def stream_easy_vqa(source: EasyVqaSource, split: Split) -> Iterator[Row]:
     """easy-VQA: conversations of one picture's questions to train on, single questions to be asked."""
-    with zipfile.ZipFile(fetch_wheel(source.requirement, source.wheel_sha256)) as wheel:
+    try:
+        path = fetch_wheel(source.requirement, source.wheel_sha256)
+    except BackboneUnavailable as error:
+        raise SourceUnavailable(str(error)) from error
+    with zipfile.ZipFile(path) as wheel:
         folder = f"easy_vqa/data/{split}"
+        if f"{folder}/questions.json" not in wheel.namelist():
+            raise SourceUnavailable(
+                f"{source.requirement} holds no {folder}/questions.json; correct data.source.requirement"
+            )
         questions: dict[int, list[tuple[str, str]]] = {}
         for text, answer, image in json.loads(wheel.read(f"{folder}/questions.json")):
             questions.setdefault(image, []).append((text, answer))
@@ -63,26 +75,45 @@ def stream_easy_vqa(source: EasyVqaSource, split: Split) -> Iterator[Row]:
 
 def open_hub(source: HubSource, split: Split) -> tuple[str, Iterator[Row]]:
     """A hub data set, or local Parquet shards of one, streamed by ``datasets``."""
-    import requests
     from datasets import Image, List, load_dataset
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    files: list[str] = []
+    if source.path is not None:
+        folder = Path(source.path).expanduser()
+        files = sorted(escape(str(path)) for path in folder.glob(f"{split}*.parquet"))
+        if not files:
+            raise SourceUnavailable(f"no {split}*.parquet in {source.path}; check data.source.path")
+    options = {"split": split, "streaming": True, "cache_dir": str(home() / "datasets")}
     try:
-        if source.path is not None:
-            files = sorted(str(path) for path in Path(source.path).glob(f"{split}*.parquet"))
-            if not files:
-                raise SourceUnavailable(f"no {split}*.parquet in {source.path}; check data.source.path")
-            origin = f"folder:{Path(source.path).name}/{split}"
-            dataset = load_dataset("parquet", data_files={split: files}, split=split, streaming=True)
+        if files:
+            origin = f"folder:{folder.absolute().name}/{split}"
+            dataset = load_dataset("parquet", data_files={split: files}, **options)
         else:
-            revision = HfApi().dataset_info(source.repo_id, revision=source.revision).sha
+            hub = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
+            revision = hub.dataset_info(source.repo_id, revision=source.revision, timeout=HUB_SECONDS).sha
             origin = f"hub:{source.repo_id}@{revision}/{split}"
-            dataset = load_dataset(source.repo_id, revision=revision, split=split, streaming=True)
+            dataset = load_dataset(source.repo_id, revision=revision, **options)
         dataset = dataset.cast_column("images", List(Image(decode=False)))
-    except (OSError, HfHubHTTPError, OfflineModeIsEnabled, requests.RequestException) as error:
-        raise SourceUnavailable(
-            f"cannot reach the data set {source.repo_id} ({type(error).__name__}); connect to the hub, or read local "
-            "Parquet shards with --set data.source.path=FOLDER, or train on --set data.source=scenes"
-        ) from error
-    return origin, ({"id": f"{origin}/{n}", **row} for n, row in enumerate(dataset))
+    except Exception as error:  # of httpx, huggingface_hub, fsspec, pyarrow or datasets, and no two share a base
+        raise SourceUnavailable(_remedy(source, error)) from error
+    return origin, _told(source, ({"id": f"{origin}/{n}", **row} for n, row in enumerate(dataset)))
+
+
+def _told(source: HubSource, rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows; what breaks while they are read is told as what breaks when they are opened."""
+    try:
+        yield from rows
+    except Exception as error:
+        raise SourceUnavailable(_remedy(source, error)) from error
+
+
+def _remedy(source: HubSource, error: Exception) -> str:
+    """What was found, in the library's first words, and what to do about it."""
+    words = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if source.path is not None:
+        return f"cannot read the Parquet shards in {source.path} ({words}); check data.source.path"
+    return (
+        f"cannot read the data set {source.repo_id} ({words}); connect to the hub, or read local "
+        "Parquet shards with --set data.source.path=FOLDER, or train on --set data.source=scenes"
+    )

@@ -86,9 +86,7 @@ def answers(
 
 
 @torch.no_grad()
-def losses(
-    llava: Llava, asked: list[Asked], image: list[int], features: torch.Tensor, batch_size: int
-) -> list[float]:
+def losses(llava: Llava, asked: list[Asked], image: list[int], features: torch.Tensor, batch_size: int) -> list[float]:
     """Nats per token of the true answer, one number per question."""
     device = llava.model.device
     out = [0.0] * len(asked)
@@ -101,7 +99,9 @@ def losses(
             features[[image[k] for k in rows]],
             int(llava.model.config.pad_token_id),
         )
-        batch = type(batch)(*(getattr(batch, n).to(device) for n in ("input_ids", "labels", "attention_mask", "features")))
+        batch = type(batch)(
+            *(getattr(batch, n).to(device) for n in ("input_ids", "labels", "attention_mask", "features"))
+        )
         sums = loss_sum(llava.model, batch, per_sample=True).tolist()
         for k, total in zip(rows, sums, strict=True):
             out[k] = total / len(asked[k].truth)

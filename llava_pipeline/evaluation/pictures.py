@@ -21,14 +21,17 @@ class Shown:
 
 
 def save_grid(cells: Sequence[Shown], title: str, path: Path) -> None:
-    """A PNG with six pictures a row; a right answer is green, a wrong one red with the truth beside it."""
+    """A PNG with six pictures a row; a right answer is green, a wrong one red with the truth beside it.
+
+    What people and models write is drawn as it is: a dollar sign starts no formula.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     columns = min(6, max(1, len(cells)))
-    rows = -(-len(cells) // columns)
+    rows = max(1, -(-len(cells) // columns))
     figure, axes = pyplot.subplots(rows, columns, figsize=(2.3 * columns, 2.9 * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
@@ -36,12 +39,12 @@ def save_grid(cells: Sequence[Shown], title: str, path: Path) -> None:
         axis.imshow(cell.picture)
         told = cell.answer or "(nothing)"
         text = told if cell.right else f"{told}  (truth: {cell.truth})"
-        axis.set_title(_wrap(cell.question), fontsize=8, pad=4)
+        axis.set_title(_wrap(cell.question), fontsize=8, pad=4, parse_math=False)
         axis.text(
             *(0.5, -0.05, _wrap(text)), transform=axis.transAxes, ha="center", va="top", fontsize=9, weight="bold",
-            color="#1a7f37" if cell.right else "#c62828",
+            color="#1a7f37" if cell.right else "#c62828", parse_math=False,
         )  # fmt: skip
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     figure.tight_layout(h_pad=1.6)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
     CLIPVisionConfig,
@@ -60,8 +61,22 @@ def load_language_model(part: FetchedBackbone) -> tuple[Any, PreTrainedTokenizer
     if part.weights.endswith(".gguf"):
         return read_gguf(folder, part.weights)
     config = AutoConfig.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return config, tokenizer, read_state_dict(folder / part.weights)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise IncompatibleParts(f"{part.origin} is a {config.model_type}, not a language model; choose another one")
+    return config, load_tokenizer(part), read_state_dict(folder / part.weights)
+
+
+def load_tokenizer(part: FetchedBackbone) -> PreTrainedTokenizerFast:
+    """Tokenizer of a language model; a GGUF holds its own."""
+    folder = open_artifact(part.files)
+    if part.weights.endswith(".gguf"):
+        return AutoTokenizer.from_pretrained(folder, gguf_file=part.weights)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise IncompatibleParts(
+            f"{part.origin} has no tokenizer that can be read; put the model's tokenizer.json beside its weights"
+        ) from error
 
 
 def load_vision_tower(part: FetchedBackbone) -> tuple[CLIPVisionConfig, ImageSettings, State]:
@@ -88,7 +103,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerFast, origin: str) -> None:
     """``<image>`` once and, where the tokenizer has none, a padding token."""
     if IMAGE_TOKEN in tokenizer.get_vocab():
         raise IncompatibleParts(f"the tokenizer of {origin} already owns {IMAGE_TOKEN}; use the model it came from")
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_additional_special_tokens=False)
+    tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
 
@@ -99,7 +114,9 @@ def num_image_tokens(config: CLIPVisionConfig, strategy: str) -> int:
     return int(patches + (0 if strategy == "default" else 1))
 
 
-def llava_config(vision: CLIPVisionConfig, text: Any, tokenizer: PreTrainedTokenizerFast, spec: ModelSpec) -> LlavaConfig:
+def llava_config(
+    vision: CLIPVisionConfig, text: Any, tokenizer: PreTrainedTokenizerFast, spec: ModelSpec
+) -> LlavaConfig:
     """One configuration of both parts; copies, because resizing embeddings writes into a shared one."""
     text = copy.deepcopy(text)
     text.vocab_size = len(tokenizer)
@@ -137,7 +154,9 @@ def inject(module: torch.nn.Module, state: State, origin: str, optional: tuple[s
     for key in sorted(set(state) - set(wanted)):
         kind = next((k for mark, k in IGNORED_KINDS.items() if key.startswith(mark) or key.endswith(mark)), None)
         if kind is None:
-            raise WeightsMismatch(f"{origin} holds {key!r}, which the model does not have; is this the right checkpoint?")
+            raise WeightsMismatch(
+                f"{origin} holds {key!r}, which the model does not have; is this the right checkpoint?"
+            )
         left_out[kind] = left_out.get(kind, 0) + 1
     if missing := sorted(set(wanted) - set(state) - set(optional)):
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
@@ -177,12 +196,13 @@ def assemble(backbones: Backbones, spec: ModelSpec) -> Llava:
     """
     vision_config, images, vision_state = load_vision_tower(backbones.vision_tower)
     text_config, tokenizer, text_state = load_language_model(backbones.language_model)
-    template = chat_template(spec.chat_template, tokenizer.chat_template)
+    template = chat_template(spec.chat_template, tokenizer)
     add_tokens(tokenizer, backbones.language_model.origin)
     config = llava_config(vision_config, text_config, tokenizer, spec)
     if not -vision_config.num_hidden_layers - 1 <= spec.vision_feature_layer <= -1:
         raise IncompatibleParts(
-            f"model.vision_feature_layer={spec.vision_feature_layer}, but the tower has {vision_config.num_hidden_layers} layers"
+            f"model.vision_feature_layer={spec.vision_feature_layer}, but the tower has "
+            f"{vision_config.num_hidden_layers} layers"
         )
     with no_init_weights():
         model = LlavaForConditionalGeneration(config)
@@ -190,13 +210,19 @@ def assemble(backbones: Backbones, spec: ModelSpec) -> Llava:
     parts = model.model
     ignored = inject(parts.vision_tower, vision_keys(vision_state), backbones.vision_tower.origin)
     text = {key.removeprefix("model."): value for key, value in text_state.items() if key != "lm_head.weight"}
-    text["embed_tokens.weight"] = fit_rows(text["embed_tokens.weight"], len(tokenizer))
+    if "embed_tokens.weight" in text:  # if not, inject says so
+        text["embed_tokens.weight"] = fit_rows(text["embed_tokens.weight"], len(tokenizer))
     ignored |= inject(parts.language_model, text, backbones.language_model.origin)
     if config.tie_word_embeddings:
         model.lm_head.weight = parts.language_model.embed_tokens.weight
     else:
-        head = text_state.get("lm_head.weight", text_state["model.embed_tokens.weight"])
-        inject(model.lm_head, {"weight": fit_rows(head, len(tokenizer))}, backbones.language_model.origin)
+        if "lm_head.weight" not in text_state:
+            raise WeightsMismatch(
+                f"{backbones.language_model.origin} lacks lm_head.weight, and its configuration does not tie it to the "
+                "embeddings; is this the right checkpoint?"
+            )
+        head = fit_rows(text_state["lm_head.weight"], len(tokenizer))
+        inject(model.lm_head, {"weight": head}, backbones.language_model.origin)
     init_projector(parts.multi_modal_projector, spec.projector_seed)
     freeze_backbones(model)
     count = num_image_tokens(vision_config, spec.vision_feature_select_strategy)
@@ -217,8 +243,9 @@ def check_image_tokens(llava: Llava) -> None:
     found = features.shape[1] - (1 if config.vision_feature_select_strategy == "default" else 0)
     if found != llava.processor.num_image_tokens:
         raise IncompatibleParts(
-            f"the vision tower gives {found} features per image, the processor writes {llava.processor.num_image_tokens} "
-            "image tokens; check model.vision_feature_select_strategy and the tower's image and patch size"
+            f"the vision tower gives {found} features per image, the processor writes "
+            f"{llava.processor.num_image_tokens} image tokens; check model.vision_feature_select_strategy and the "
+            "tower's image and patch size"
         )
     ids = torch.tensor([llava.processor.prompt("?")])
     logits = llava.model(input_ids=ids, pixel_values=torch.zeros(1, 3, side, side)).logits
@@ -252,12 +279,8 @@ def load(model: AssembledModel) -> Llava:
 def processor_of(model: AssembledModel) -> Processor:
     """Only the processor: no weights are read but a GGUF's, which holds its tokenizer."""
     part = model.backbones.language_model
-    folder = open_artifact(part.files)
-    if part.weights.endswith(".gguf"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=part.weights)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    template = chat_template(model.spec.chat_template, tokenizer.chat_template)
+    tokenizer = load_tokenizer(part)
+    template = chat_template(model.spec.chat_template, tokenizer)
     add_tokens(tokenizer, part.origin)
     images = image_settings(open_artifact(model.backbones.vision_tower.files), model.image_size)
     return Processor(tokenizer, template, images, model.num_image_tokens)

@@ -33,5 +33,5 @@ def frozen_digest(model: nn.Module) -> str:
         if PROJECTOR not in name:
             digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
             data = parameter.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
-            digest.update(memoryview(data.numpy()))
+            digest.update(data.numpy().data)
     return digest.hexdigest()

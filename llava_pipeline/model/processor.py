@@ -3,9 +3,9 @@
 One sample of the pocket profile, image tokens shortened::
 
     messages   user: [image] "\\nWhat color is the circle?"      assistant: "red"
-    rendered   <s>USER: <image>\\nWhat color is the circle? ASSISTANT: red</s>
-    input_ids  <s> USER :  [<image> x 16] \\n What  color ...  ASSISTANT :  red  </s>
-    labels      .    .  .        .         .   .     .    ...      .     .  red  </s>      (. is IGNORE_INDEX)
+    rendered   <s><|user|><image>\\nWhat color is the circle?<|assistant|> red</s>
+    input_ids  <s> <|user|> [<image> x 16] \\n What  color ...  <|assistant|>  red  </s>
+    labels      .      .           .        .   .     .    ...        .         red  </s>      (. is IGNORE_INDEX)
 
 What a person types is never a special token: the template is rendered with placeholders for every text, special
 tokens are looked for between the placeholders only, and what lies between two special tokens is tokenised as plain
@@ -81,7 +81,9 @@ class Processor:
         self.tokenizer, self.template, self.images = tokenizer, template, images
         self.num_image_tokens = num_image_tokens
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        special = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+        # tokenizer.json may mark more tokens as special than the tokenizer has names for.
+        marked = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special = sorted(marked | set(tokenizer.all_special_tokens), key=lambda token: (-len(token), token))
         self._special = re.compile("|".join(re.escape(token) for token in special))
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:

@@ -48,7 +48,7 @@ def digest_of(state: State) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -69,17 +69,18 @@ def load(folder: Path, model: AssembledModel) -> State:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        found, digest = dict(manifest["identity"]), str(manifest["digest"])
         state = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise WeightsMismatch(f"the projector in {folder.name} cannot be read ({type(error).__name__})") from error
     wanted = identity(model)
     for key, value in wanted.items():
-        if manifest["identity"].get(key) != value:
+        if found.get(key) != value:
             raise IncompatibleParts(
-                f"this projector was trained with {key} = {manifest['identity'].get(key)}, the model has {value}; "
+                f"this projector was trained with {key} = {found.get(key)}, the model has {value}; "
                 "choose the profile it was trained with"
             )
-    if digest_of(state) != manifest["digest"]:
+    if digest_of(state) != digest:
         raise WeightsMismatch("the projector's weights differ from its manifest; fetch it again")
     if not all(torch.isfinite(tensor).all() for tensor in state.values()):
         raise WeightsMismatch("the projector holds numbers that are not finite; train it again")

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from typing import TYPE_CHECKING
+
 from llava_pipeline.errors import IncompatibleParts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -21,28 +27,39 @@ LLAVA = (
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
+# transformers renders with trim_blocks, which eats a plain newline after a tag: hence {{ '\\n' }} after the marks.
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['role'] == 'assistant' %}{% generation %}{% for item in message['content'] %}{{ item['text'] }}"
-    "{% endfor %}<|im_end|>{% endgeneration %}\n{% else %}{% for item in message['content'] %}"
+    "{% endfor %}<|im_end|>{% endgeneration %}{{ '\\n' }}{% else %}{% for item in message['content'] %}"
     "{% if item['type'] == 'image' %}<image>{% else %}{{ item['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
-def chat_template(name: str, native: str | None) -> str:
-    """The template of this name; ``native`` is the language model's own.
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def chat_template(name: str, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The template of this name for a language model's tokenizer; ``native`` is the tokenizer's own.
 
     Raises:
-        IncompatibleParts: the native template is missing, or has no image slot or no generation marks.
+        IncompatibleParts: chatml without its two special tokens, or a native template that is missing or has no image
+            slot or no generation marks.
     """
     if name == "llava":
         return LLAVA
     if name == "chatml":
+        if lacking := sorted({"<|im_start|>", "<|im_end|>"} - set(tokenizer.get_vocab())):
+            raise IncompatibleParts(
+                f"the language model's tokenizer has no {' and no '.join(lacking)}, so an answer in chatml would have "
+                "no end; choose another with --set model.chat_template=llava or native"
+            )
         return CHATML
-    if not native or "<image>" not in native or "{% generation %}" not in native:
+    native = tokenizer.chat_template
+    if not native or "<image>" not in native or not _GENERATION_MARK.search(native):
         raise IncompatibleParts(
             "the language model's own chat template has no <image> slot or no {% generation %} marks; "
             "choose another with --set model.chat_template=llava or chatml"
         )
-    return native
+    return str(native)

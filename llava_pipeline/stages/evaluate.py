@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
-from llava_pipeline.contracts import Evaluation, Score, TrainedProjector
+from llava_pipeline.contracts import AskedQuestion, Evaluation, Score, TrainedProjector
+from llava_pipeline.data.picture import load_picture
 from llava_pipeline.data.snapshot import Rows, open_rows
-from llava_pipeline.evaluation.evaluate import Asked, answers, first_round, losses, picture_features, shuffled
+from llava_pipeline.errors import PictureRefused
+from llava_pipeline.evaluation.ask import ask
+from llava_pipeline.evaluation.evaluate import answers, first_round, losses, picture_features, shuffled
 from llava_pipeline.evaluation.pictures import Shown, save_grid, save_loss_curve
 from llava_pipeline.evaluation.score import BlindGuesser, by_kind, exact_match, mean
 from llava_pipeline.model import projector
@@ -39,10 +43,11 @@ def evaluate_generations(trained: TrainedProjector, spec: EvaluationSpec) -> Eva
         title = f"held out: {scores['right'].exact_match:.1%} right, {scores['shuffled'].exact_match:.1%} with other pictures"
         save_grid(shown(rows, conditions["right"]["answers"], spec.num_pictures), title, folder / "grid.png")
         save_loss_curve(train_losses(trained), folder / "loss.png")
+        asked = ask_own_picture(llava, trained, spec, folder / "asked.png")
     return Evaluation(
         projector=trained, answers=done[0], num_questions=len(rows), held_out_digest=trained.data.held_out.rows.digest,
         right_image=scores["right"], shuffled_image=scores["shuffled"], untrained=scores["untrained"],
-        blind_rate=blind[0], blind_by_kind=blind[1], seconds=time.monotonic() - started,
+        blind_rate=blind[0], blind_by_kind=blind[1], asked=asked, seconds=time.monotonic() - started,
     )  # fmt: skip
 
 
@@ -82,13 +87,37 @@ def score(rows: Rows, given: dict[str, Any]) -> Score:
 def blind_scores(held_out: Rows, train: Rows) -> tuple[float, dict[str, float]]:
     """What the best guess per question text, learned on the training rows, reaches without looking."""
     rounds = [
-        one for k, q, a in zip(train.kinds, train.questions, train.answers, strict=True) for one in zip(k, q, a, strict=True)
+        one
+        for k, q, a in zip(train.kinds, train.questions, train.answers, strict=True)
+        for one in zip(k, q, a, strict=True)
     ]
     guesser = BlindGuesser(rounds)
     kinds = [kinds[0] for kinds in held_out.kinds]
     guesses = [guesser.answer(kind, questions[0]) for kind, questions in zip(kinds, held_out.questions, strict=True)]
     hits = exact_match(guesses, [answers[0] for answers in held_out.answers])
     return mean(hits), by_kind(hits, kinds)
+
+
+def ask_own_picture(
+    llava: Llava, trained: TrainedProjector, spec: EvaluationSpec, kept: Path
+) -> tuple[AskedQuestion, ...]:
+    """The spec's questions about the spec's picture, as the seed asks its Mona Lisa; the picture is kept.
+
+    A picture that cannot be had is told and costs nothing else: a training run is worth more.
+    """
+    if spec.picture is None or not spec.ask:
+        return ()
+    try:
+        picture = load_picture(spec.picture)
+    except PictureRefused as refused:
+        log.warning("evaluation.ask is left out: %s", refused)
+        return ()
+    picture.save(kept)
+    projector.put(llava.model, projector.load(open_artifact(trained.projector), trained.model))
+    return tuple(
+        AskedQuestion(question=question, answer=ask(llava, picture, question, spec.max_new_tokens))
+        for question in spec.ask
+    )
 
 
 def answer_lines(rows: Rows, conditions: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -117,6 +146,3 @@ def train_losses(trained: TrainedProjector) -> list[float]:
     """Loss of every step, from the history artifact."""
     lines = (open_artifact(trained.history) / "history.jsonl").read_text(encoding="utf-8").splitlines()
     return [float(json.loads(line)["loss"]) for line in lines]
-
-
-__all__ = ["Asked", "evaluate_generations"]

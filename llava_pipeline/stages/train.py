@@ -46,7 +46,11 @@ def train_projector(data: ValidatedData, spec: TrainingSpec) -> TrainedProjector
     with writing("history") as (folder, history):
         (folder / "history.jsonl").write_text("".join(json.dumps(r.as_json()) + "\n" for r in records))
     with writing("projector") as (folder, trained):
-        facts = {"num_steps": len(records), "train_digest": data.train.rows.digest, "training": spec.model_dump(mode="json")}
+        facts = {
+            "num_steps": len(records),
+            "train_digest": data.train.rows.digest,
+            "training": spec.model_dump(mode="json"),
+        }
         projector.save(folder, projector.state_of(llava.model), data.model, facts)
     return TrainedProjector(
         model=data.model, data=data, projector=trained[0], history=history[0], num_steps=len(records),

@@ -42,6 +42,19 @@ def runs(settings: Settings, profile: str | None, limit: int) -> list[dict[str, 
         return [_row(run, models.get(_model_of(run)), settings) for run in found]
 
 
+def run(settings: Settings, run_id: str) -> dict[str, Any]:
+    """One recorded run, as ``runs`` gives it.
+
+    Raises:
+        TrackingError: there is no such run, MLflow cannot be reached, or refuses.
+    """
+    with refusals(f"read run {run_id}"):
+        client = connect(settings)
+        found = client.get_run(run_id)
+        name = _model_of(found)
+        return _row(found, _Model(client, name) if name else None, settings)
+
+
 class _Model:
     """Versions by run and aliases by version of one registered model, read once for a whole listing."""
 

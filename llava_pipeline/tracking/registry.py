@@ -6,16 +6,20 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import yaml
+from pydantic import ValidationError
 
 from llava_pipeline import store
 from llava_pipeline.contracts import Evaluation, RecordedRun, Rule
 from llava_pipeline.errors import DamagedArtifact, NoSuchRun, TrackingError
 from llava_pipeline.spec import RunSpec
 from llava_pipeline.tracking import content
-from llava_pipeline.tracking.client import connect, find_experiment, locked, refusals
+from llava_pipeline.tracking.client import connect, find_experiment, first_line, locked, refusals
 from llava_pipeline.tracking.gate import ChampionScores
 from llava_pipeline.tracking.settings import Settings
 
@@ -201,6 +205,37 @@ def download_projector(which: str, registered_model: str | None, settings: Setti
         if not _is_whole(final, expected):
             _download(client, run_id, expected, final)
         return final
+
+
+def download_files(run_id: str, paths: Sequence[str], folder: Path, settings: Settings) -> list[Path]:
+    """Copy single artifacts of a run into a folder, under their own names.
+
+    Raises:
+        TrackingError: MLflow cannot be reached, or has no such artifact.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with refusals(f"download {', '.join(paths)} of run {run_id}"), tempfile.TemporaryDirectory(dir=folder) as temporary:
+        client = connect(settings)
+        downloaded = [Path(client.download_artifacts(run_id, path, temporary)) for path in paths]
+        return [path.replace(folder / path.name) for path in downloaded]
+
+
+def recorded_spec(which: str, registered_model: str | None, settings: Settings) -> RunSpec:
+    """The spec of a run (by its id), or of an alias or a version of ``registered_model``.
+
+    Raises:
+        NoSuchRun: there is no such run, version or alias.
+        TrackingError: MLflow cannot be reached, or the run has no spec that this version can read.
+    """
+    run_id = resolve(which, registered_model, settings)
+    with tempfile.TemporaryDirectory() as temporary:
+        (path,) = download_files(run_id, ("spec.yaml",), Path(temporary), settings)
+        try:
+            return RunSpec.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (ValidationError, yaml.YAMLError) as error:
+            raise TrackingError(
+                f"the spec of run {run_id} cannot be read by this version ({first_line(error)}); train the profile again"
+            ) from error
 
 
 def _download(client: MlflowClient, run_id: str, expected: str, final: Path) -> None:

@@ -171,6 +171,8 @@ def _log_files(client: MlflowClient, run_id: str, spec: RunSpec, evaluation: Eva
     client.log_artifact(run_id, str(content.history(evaluation)), "training")
     client.log_artifacts(run_id, str(answers), "evaluation")
     client.log_table(run_id, content.table(content.read_rows(answers / "answers.jsonl")), "evaluation/answers.json")
+    if evaluation.asked:
+        client.log_dict(run_id, {asked.question: asked.answer for asked in evaluation.asked}, "evaluation/asked.json")
     client.log_artifacts(run_id, str(store.open_artifact(evaluation.projector.projector)), "projector")
 
 

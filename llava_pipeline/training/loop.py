@@ -34,8 +34,12 @@ class Samples:
     def batch(self, indices: list[int], device: torch.device) -> Batch:
         """A padded batch of these samples on a device."""
         features = self.features[[self.image[k] for k in indices]]
-        batch = collate([self.input_ids[k] for k in indices], [self.labels[k] for k in indices], features, self.pad_token_id)
-        return Batch(*(getattr(batch, name).to(device) for name in ("input_ids", "labels", "attention_mask", "features")))
+        batch = collate(
+            [self.input_ids[k] for k in indices], [self.labels[k] for k in indices], features, self.pad_token_id
+        )
+        return Batch(
+            *(getattr(batch, name).to(device) for name in ("input_ids", "labels", "attention_mask", "features"))
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +130,8 @@ def train(model: LlavaForConditionalGeneration, samples: Samples, spec: Training
         if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise Diverged(
                 f"loss {total / num_supervised:.3g} and gradient norm {norm:.3g} at step {step + 1}, the "
-                f"{MAX_SKIPPED_IN_A_ROW}th in a row that is no number; lower training.learning_rate ({spec.learning_rate}) "
-                "or set training.precision=fp32"
+                f"{MAX_SKIPPED_IN_A_ROW}th in a row that is no number; lower training.learning_rate "
+                f"({spec.learning_rate}) or set training.precision=fp32"
             )
 
 

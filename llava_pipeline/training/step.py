@@ -63,7 +63,8 @@ def embed(model: LlavaForConditionalGeneration, input_ids: torch.Tensor, feature
     projector = model.model.multi_modal_projector
     projected = projector(features.to(projector.linear_1.weight.dtype)).to(embeddings.dtype)
     at_image = (input_ids == model.config.image_token_index)[..., None].expand_as(embeddings)
-    return embeddings.masked_scatter(at_image, projected)
+    merged: torch.Tensor = embeddings.masked_scatter(at_image, projected)
+    return merged
 
 
 def loss_sum(model: LlavaForConditionalGeneration, batch: Batch, per_sample: bool = False) -> torch.Tensor:

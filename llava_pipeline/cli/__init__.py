@@ -1,0 +1,11 @@
+"""The command line: ``llava-pipeline plan | run | demo | chat | runs``.
+
+Nothing heavy is imported until a command needs it. Progress and messages go to stderr; with ``--json`` the last line
+of stdout is one JSON document. Exit codes: 0 done, 1 something failed, 2 the request cannot be met as asked.
+"""
+
+from __future__ import annotations
+
+from llava_pipeline.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,200 @@
+"""The commands. Each checks what it was asked, calls one function of the library or the flow, and shows the result."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from llava_pipeline.cli import show
+from llava_pipeline.errors import LlavaPipelineError, NoSuchRun
+from llava_pipeline.spec import RunSpec, load_spec
+
+app = typer.Typer(
+    name="llava-pipeline",
+    help="Teach a frozen language model to see: only the projector between a vision tower and a Llama is trained.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Profile = Annotated[str, typer.Option("--profile", "-p", help="A profile's name, or the path of a .yaml file.")]
+Overrides = Annotated[list[str], typer.Option("--set", help="Change one value, as training.max_steps=20. Repeatable.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line of stdout.")]
+DEBUG_VARIABLE = "LLAVA_PIPELINE_DEBUG"
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show stack traces and the libraries' own logs.")] = False,
+) -> None:
+    """Teach a frozen language model to see."""
+    if debug:
+        os.environ[DEBUG_VARIABLE] = "1"
+    tell_on_stderr(debug)
+
+
+@app.command()
+def plan(profile: Profile = "pocket", overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
+    """What a run will take: downloads, parameters, tokens, memory, time. Nothing is downloaded."""
+    spec = load_spec(profile, overrides)
+    from llava_pipeline.model.plan import plan as make_plan
+
+    made = make_plan(spec)
+    show.document(made.model_dump(mode="json") | {"spec": spec.model_dump(mode="json")}) if as_json else show.plan(
+        made, spec
+    )
+
+
+@app.command()
+def run(
+    profile: Profile = "pocket",
+    overrides: Overrides = [],  # noqa: B006
+    refresh: Annotated[bool, typer.Option("--refresh", help="Reuse no earlier result.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the whole pipeline: fetch, assemble, validate, train, evaluate, record, gate."""
+    row = run_flow(load_spec(profile, overrides), refresh)
+    show.document(row) if as_json else show.result(row)
+
+
+@app.command()
+def demo(
+    profile: Profile = "pocket",
+    overrides: Overrides = [],  # noqa: B006
+    folder: Annotated[Path, typer.Option("--folder", help="Where the two pictures go.")] = Path("demo"),
+    as_json: AsJson = False,
+) -> None:
+    """Run the pipeline and leave its pictures where you can look at them."""
+    spec = load_spec(profile, overrides)
+    row = run_flow(spec, refresh=False)
+    pictures = save_pictures(row["run_id"], folder)
+    if as_json:
+        show.document(row | {"pictures": [str(path) for path in pictures]})
+        return
+    show.result(row)
+    show.pages(pictures, spec)
+
+
+@app.command()
+def chat(
+    image: Annotated[Path, typer.Argument(help="A picture: PNG, JPEG, WebP, GIF or BMP.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    profile: Profile = "pocket",
+    which: Annotated[str, typer.Option("--run", help="Alias, version or run id of the projector.")] = "champion",
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=512, help="Longest answer.")] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a trained projector about a picture."""
+    from llava_pipeline.tracking.settings import load_settings
+
+    model = load_spec(profile).registered_model
+    from llava_pipeline.stages.chat import answer_about
+
+    told = answer_about(image, question, which, model, max_new_tokens, load_settings())
+    show.document(told) if as_json else print(told["answer"])
+
+
+@app.command()
+def runs(
+    profile: Annotated[str | None, typer.Option("--profile", "-p", help="Only runs of this profile.")] = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=1000, help="How many, the newest first.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """The recorded runs, the newest first."""
+    from llava_pipeline.tracking.listing import runs as list_runs
+    from llava_pipeline.tracking.settings import load_settings
+
+    rows = list_runs(load_settings(), profile, limit)
+    show.document(rows) if as_json else show.runs(rows)
+
+
+# --------------------------------------------------------------------------------------------- what commands share
+
+
+def run_flow(spec: RunSpec, refresh: bool) -> dict[str, Any]:
+    """Run the Prefect flow in this process, and give its run as the listing tells it, with the gate's verdict.
+
+    Raises:
+        TrackingError: MLflow cannot be reached; nothing has been started then.
+    """
+    from flows.local import local_defaults
+    from llava_pipeline.tracking.client import check_reachable
+    from llava_pipeline.tracking.listing import run as find_run
+    from llava_pipeline.tracking.settings import load_settings
+
+    settings = load_settings()
+    check_reachable(settings)
+    local_defaults(debug=debugging())
+    if refresh:
+        os.environ["PREFECT_TASKS_REFRESH_CACHE"] = "true"
+    logging.getLogger("llava_pipeline").info("starting Prefect (the first time takes half a minute) ...")
+    from flows.train import train
+
+    verdict = train(spec)
+    return find_run(settings, verdict.run_id) | {"verdict": verdict.model_dump(mode="json")}
+
+
+def save_pictures(run_id: str, folder: Path) -> list[Path]:
+    """Copy a run's pictures from MLflow into a folder."""
+    from llava_pipeline.tracking.registry import download_files
+    from llava_pipeline.tracking.settings import load_settings
+
+    return download_files(run_id, ("evaluation/grid.png", "evaluation/loss.png"), folder, load_settings())
+
+
+def debugging() -> bool:
+    """Whether ``--debug`` was given."""
+    return bool(os.environ.get(DEBUG_VARIABLE))
+
+
+def tell_on_stderr(debug: bool) -> None:
+    """Our own messages to stderr, one line each; the libraries' warnings only when debugging."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("llava_pipeline")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    logger.propagate = False
+    if not debug:
+        warnings.simplefilter("ignore")
+
+
+def main() -> None:
+    """Entry point. A person's mistake ends with one sentence and exit code 2, a failure with 1."""
+    try:
+        app(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except LlavaPipelineError as error:
+        sys.exit(report(str(error), error, error.exit_code))
+    except Exception as error:
+        text = " ".join(str(error).split())[:500]
+        sys.exit(
+            report(f"unexpected {type(error).__name__}: {text}; run again with --debug for the stack trace", error, 1)
+        )
+
+
+def report(message: str, error: BaseException, exit_code: int) -> int:
+    """One sentence on stderr, after the stack trace where one was asked for."""
+    if debugging():
+        import traceback
+
+        traceback.print_exception(error)
+    print(f"error: {message}", file=sys.stderr)
+    return exit_code
+
+
+__all__ = ["NoSuchRun", "app", "main"]

