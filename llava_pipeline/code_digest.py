@@ -1,30 +1,26 @@
 """A digest of the code a stage can reach, so that a cached result is never older than the code that made it.
 
 Prefect's own policies hash a task's lines, not what those lines call. Here the modules of this package that a module
-imports, directly or through others, are parsed and hashed without comments and docstrings; the versions of the
-libraries that compute are added.
+imports, directly or through others, are parsed and hashed without comments and docstrings; the weights shipped with
+this package, where a module reads them, and the versions of the libraries that compute are added.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGE = "llava_pipeline"
+SHIPPED = {"llava_pipeline.backbones.fetch": "pocket"}  # the folder beside a module whose files it reads
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "pillow", "datasets", "pyarrow", "numpy", "mlflow")
 
 
-@cache
 def _source(module: str) -> Path | None:
-    try:
-        spec = find_spec(module)
-    except ModuleNotFoundError:
-        return None
-    return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
+    """A module's file, if the name is a module's at all. ``find_spec`` would import what lies above the name."""
+    path = Path(__file__).parent.joinpath(*module.split(".")[1:])
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
 
 
 def _without_docstrings(tree: ast.AST) -> ast.AST:
@@ -62,11 +58,22 @@ def reachable(module: str) -> dict[str, str]:
     return digests
 
 
+def _shipped(module: str) -> str:
+    """Name and digest of every file that a module reads of this package."""
+    path = _source(module)
+    if path is None or module not in SHIPPED:
+        return ""
+    files = sorted(file for file in (path.parent / SHIPPED[module]).rglob("*") if file.is_file())
+    return "".join(
+        f"{file.relative_to(path.parent)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n" for file in files
+    )
+
+
 def code_digest(module: str) -> str:
-    """One digest for all the code ``module`` can reach and the versions of the libraries beneath it."""
+    """One digest for all the code ``module`` can reach, what it ships with, and the libraries beneath it."""
     text = hashlib.sha256()
     for name, digest in sorted(reachable(module).items()):
-        text.update(f"{name} {digest}\n".encode())
+        text.update(f"{name} {digest}\n{_shipped(name)}".encode())
     for library in LIBRARIES:
         try:
             text.update(f"{library} {version(library)}\n".encode())

@@ -76,7 +76,7 @@ def test_a_spec_cannot_be_changed() -> None:
 
 
 @pytest.mark.parametrize("name", profile_names())
-def test_a_spec_survives_json_and_yaml_s_view_of_it(name: str) -> None:
+def test_a_spec_survives_json(name: str) -> None:
     spec = load_spec(name, ["training.learning_rate=3e-4", "evaluation.ask=[one, two]"])
     assert RunSpec.model_validate_json(spec.model_dump_json()) == spec
     assert RunSpec.model_validate(spec.model_dump(mode="json")) == spec
@@ -267,6 +267,6 @@ def keys(part: Any, place: str = "") -> Iterator[str]:
 )
 @example(place="training.learning_rate", value="1e-3")
 @example(place="training.max_steps", value="9" * 5000)
-def test_any_override_is_a_spec_or_told_in_one_line(place: str, value: str) -> None:
+def test_any_override_is_a_spec_or_refused_by_name(place: str, value: str) -> None:
     with contextlib.suppress(SpecError):
         assert isinstance(load_spec("tiny", [f"{place}={value}"]), RunSpec)

@@ -9,11 +9,10 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from llava_pipeline.cli import show
-from llava_pipeline.errors import LlavaPipelineError, NoSuchRun
+from llava_pipeline.errors import LlavaPipelineError
 from llava_pipeline.spec import RunSpec, load_spec
 
 app = typer.Typer(
@@ -169,13 +168,11 @@ def tell_on_stderr(debug: bool) -> None:
 def main() -> None:
     """Entry point. A person's mistake ends with one sentence and exit code 2, a failure with 1."""
     try:
-        app(standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
-    except click.ClickException as error:
+        sys.exit(app(standalone_mode=False))
+    except typer.exceptions.TyperException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except LlavaPipelineError as error:
@@ -197,4 +194,4 @@ def report(message: str, error: BaseException, exit_code: int) -> int:
     return exit_code
 
 
-__all__ = ["NoSuchRun", "app", "main"]
+__all__ = ["app", "main"]

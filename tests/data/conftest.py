@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,13 @@ from llava_pipeline.spec import load_spec
 
 
 @pytest.fixture(scope="session")
-def processor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processor]:
+def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
     """Tokenizer, template and image settings of the tiny profile."""
     spec = load_spec("tiny")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLAVA_PIPELINE_HOME", str(tmp_path_factory.mktemp("home")))
         parts = {name: fetch(getattr(spec.backbones, name), None, 0) for name in ("vision_tower", "language_model")}
-        built = assemble(Backbones(**parts), spec.model).processor
-    return built
+        return assemble(Backbones(**parts), spec.model).processor
 
 
 @pytest.fixture

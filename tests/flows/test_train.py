@@ -14,7 +14,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 import flows.stages
 from flows.train import train
 from llava_pipeline.contracts import Verdict
-from llava_pipeline.errors import NothingToLearn
+from llava_pipeline.errors import TooManyRejected
 from llava_pipeline.spec import RunSpec, load_spec
 from llava_pipeline.tracking import listing
 from llava_pipeline.tracking.client import connect
@@ -95,7 +95,7 @@ def test_an_edit_to_a_stage_s_code_never_returns_a_stale_result(
 
 def test_a_run_that_dies_is_marked_failed_with_the_reason(spec: RunSpec) -> None:
     hopeless = spec.model_copy(update={"data": spec.data.model_copy(update={"max_tokens": 9})})
-    with pytest.raises(NothingToLearn, match="too_many_tokens"):
+    with pytest.raises(TooManyRejected, match="too_many_tokens"):
         train(hopeless)
     newest = listing.runs(Settings(), "tiny", 1)[0]
     assert newest["status"] == "FAILED"
