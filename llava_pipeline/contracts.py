@@ -148,4 +148,3 @@ class Verdict(Frozen):
     champion: str | None
     previous: str | None
     run_id: str
-

@@ -193,11 +193,11 @@ class RunSpec(Frozen):
     )
     title: str = Field("", description="One line for people.")
     cost: str = Field("", description="What a run takes, and on what.")
-    backbones: BackbonesSpec
-    model: ModelSpec = ModelSpec()
-    data: DataSpec
-    training: TrainingSpec
-    evaluation: EvaluationSpec
+    backbones: BackbonesSpec = Field(description="The two pretrained parts, both frozen.")
+    model: ModelSpec = Field(ModelSpec(), description="How the parts are joined.")
+    data: DataSpec = Field(description="What is trained on, and what is refused.")
+    training: TrainingSpec = Field(description="How the projector learns.")
+    evaluation: EvaluationSpec = Field(description="What is asked of the trained model.")
 
     @property
     def registered_model(self) -> str:

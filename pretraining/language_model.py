@@ -177,7 +177,7 @@ class Batches:
 
 
 def embed(model: LlamaForCausalLM, batch: Batch, generator: torch.Generator, noise: float) -> torch.Tensor:
-    """(B, T, D) input embeddings, the merged slots over their placeholders; ``noise`` is in units of an embedding's rms."""
+    """(B, T, D) embeddings, merged slots over their placeholders; ``noise`` is in units of an embedding's rms."""
     table = model.get_input_embeddings()
     out = table(batch.ids)
     num_merged, first = len(batch.words), Batches.first_slot
@@ -225,7 +225,8 @@ def new_model(tokenizer: PreTrainedTokenizerFast, width: int, layers: int, head:
     """A small Llama with tied embeddings, whose attention begins by matching and copying."""
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers,
-        num_attention_heads=width // head, num_key_value_heads=width // head, head_dim=head, max_position_embeddings=512,
+        num_attention_heads=width // head, num_key_value_heads=width // head, head_dim=head,
+        max_position_embeddings=512,
         tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     ))  # fmt: skip
@@ -238,7 +239,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, width: int, layers: int, head:
 
 @torch.no_grad()
 def match_and_copy(attention: torch.nn.Module, scale: float = 2.0) -> None:
-    """Equal query and key weights, output weights that undo the values': a word looks for itself and copies what it finds.
+    """Equal query and key weights, output weights that undo the values': a word looks for itself and copies the find.
 
     After Trockman and Kolter 2023, "Mimetic initialization of self-attention layers", arXiv 2305.09828. From random
     weights, questions that need a word to be found in the scene stay at chance for the first thousand steps.

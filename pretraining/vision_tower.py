@@ -51,11 +51,15 @@ def free_scene(rng: random.Random) -> scenes.Scene:
     return scenes.Scene((shape,), scenes.sample_background(rng))
 
 
+def as_pixels(picture: Image.Image) -> np.ndarray:
+    """(S, S, 3) in [0, 1], resized as the image processor does."""
+    return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC), dtype=np.float32) / 255
+
+
 def sample(rng: random.Random, index: int, split: scenes.Split, seed: int):
     """(pixels (3, H, W), patch words (P, W), caption words (W,)) of one scene, colours jittered."""
     scene = free_scene(rng) if rng.random() < 0.35 else scenes.scene_at(seed, split, index)[0]
-    picture = scenes.draw(scene, side=scenes.PICTURE_SIZE).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    pixels = np.asarray(picture, dtype=np.float32) / 255
+    pixels = as_pixels(scenes.draw(scene))
     pixels = pixels + np.asarray([rng.gauss(0, 0.03) for _ in range(3)], dtype=np.float32)
     patches = np.zeros((GRID * GRID, len(WORDS)), dtype=np.float32)
     caption = np.zeros(len(WORDS), dtype=np.float32)
@@ -104,10 +108,7 @@ def evaluate(tower, heads, split: scenes.Split = "test", num_batches: int = 8) -
     groups = {"size": scenes.SIZES, "color": tuple(scenes.COLORS), "shape": scenes.SHAPES}
     for n in range(num_batches):
         scenes_here = [scenes.scene_at(7, split, n * 64 + k)[0] for k in range(64)]
-        pixels = np.stack([
-            np.asarray(scenes.draw(s).resize((SIDE, SIDE), Image.Resampling.BICUBIC), dtype=np.float32).transpose(2, 0, 1) / 255
-            for s in scenes_here
-        ])  # fmt: skip
+        pixels = np.stack([as_pixels(scenes.draw(scene)) for scene in scenes_here]).transpose(0, 3, 1, 2)
         hidden = tower(normalise(torch.from_numpy(pixels)), output_hidden_states=True).hidden_states[-2][:, 1:]
         logits = heads["patch"](hidden)
         for b, scene in enumerate(scenes_here):
@@ -134,8 +135,9 @@ def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     config = CLIPVisionConfig(
-        hidden_size=args.width, intermediate_size=args.width * 4, num_hidden_layers=args.layers, num_attention_heads=args.width // 32,
-        image_size=SIDE, patch_size=PATCH, hidden_act="quick_gelu", projection_dim=args.width,
+        hidden_size=args.width, intermediate_size=args.width * 4, num_hidden_layers=args.layers,
+        num_attention_heads=args.width // 32, image_size=SIDE, patch_size=PATCH, hidden_act="quick_gelu",
+        projection_dim=args.width,
     )  # fmt: skip
     tower = CLIPVisionModel(config)
     names = ("patch", "last", "caption")

@@ -170,8 +170,8 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False))
     except typer.exceptions.TyperException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         print("stopped", file=sys.stderr)
         sys.exit(130)

@@ -80,9 +80,10 @@ def result(row: dict[str, Any]) -> None:
     console.print(scores)
     params = row["params"]
     console.print(
-        f"{params['num_trainable']:,} of {params['num_total']:,} parameters were trained; the frozen ones are unchanged: "
-        f"{'yes' if row['frozen_digests_equal'] else 'NO'}.\n"
-        f"Training took {duration(metrics['train/seconds'])} on {row['device']}, loss {metrics['train/final_loss']:.3f}; "
+        f"{params['num_trainable']:,} of {params['num_total']:,} parameters were trained; "
+        f"the frozen ones are unchanged: {'yes' if row['frozen_digests_equal'] else 'NO'}.\n"
+        f"Training took {duration(metrics['train/seconds'])} on {row['device']}, "
+        f"loss {metrics['train/final_loss']:.3f}; "
         f"held-out loss {metrics['eval/loss']:.3f}, with shuffled pictures {metrics['eval/loss_shuffled']:.3f}.",
         highlight=False,
     )

@@ -12,7 +12,7 @@ from llava_pipeline.training.step import tower_features
 
 
 def ask(llava: Llava, picture: Image.Image, question: str, max_new_tokens: int) -> str:
-    """The greedy answer to a question about an RGB picture. As in training, the question stands on a line of its own."""
+    """The greedy answer to a question about an RGB picture; as in training, the question stands on its own line."""
     pixels = torch.from_numpy(llava.processor.resize(picture).copy())[None].to(llava.model.device)
     features = tower_features(llava.model, llava.processor.normalise(pixels))
     prompt = llava.processor.prompt(f"\n{question}")

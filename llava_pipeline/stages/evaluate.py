@@ -40,7 +40,8 @@ def evaluate_generations(trained: TrainedProjector, spec: EvaluationSpec) -> Eva
     with writing("answers") as (folder, done):
         lines = answer_lines(rows, conditions)
         (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        title = f"held out: {scores['right'].exact_match:.1%} right, {scores['shuffled'].exact_match:.1%} with other pictures"
+        right, shuffled_ = scores["right"].exact_match, scores["shuffled"].exact_match
+        title = f"held out: {right:.1%} right, {shuffled_:.1%} with other pictures"
         save_grid(shown(rows, conditions["right"]["answers"], spec.num_pictures), title, folder / "grid.png")
         save_loss_curve(train_losses(trained), folder / "loss.png")
         asked = ask_own_picture(llava, trained, spec, folder / "asked.png")

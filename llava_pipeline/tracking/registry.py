@@ -234,7 +234,7 @@ def recorded_spec(which: str, registered_model: str | None, settings: Settings) 
             return RunSpec.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
         except (ValidationError, yaml.YAMLError) as error:
             raise TrackingError(
-                f"the spec of run {run_id} cannot be read by this version ({first_line(error)}); train the profile again"
+                f"the spec of run {run_id} cannot be read by this version ({first_line(error)}); train it again"
             ) from error
 
 
