@@ -13,6 +13,7 @@ from PIL import Image
 from llava_pipeline import store
 from llava_pipeline.contracts import (
     ArtifactRef,
+    AskedQuestion,
     AssembledModel,
     Backbones,
     Evaluation,
@@ -132,6 +133,7 @@ def build_evaluation(
         untrained=Score(exact_match=untrained, by_kind=dict.fromkeys(kinds, untrained), loss=3.0),
         blind_rate=blind,
         blind_by_kind=dict.fromkeys(kinds, blind),
+        asked=(AskedQuestion(question="What is represented in the image?", answer="a woman"),),
         seconds=2.0,
     )
 
@@ -193,7 +195,7 @@ def _answers() -> ArtifactRef:
     rows = [row | {"answer_shuffled": "blue", "answer_untrained": "", "loss": 0.1}, row | {"id": "2", "loss": None}]
     with store.writing("answers") as (folder, done):
         (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        for name in ("grid.png", "loss.png"):
+        for name in ("grid.png", "loss.png", "asked.png"):
             Image.new("RGB", (8, 8)).save(folder / name)
     return done[0]
 
