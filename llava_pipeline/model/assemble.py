@@ -178,13 +178,31 @@ def vision_keys(state: State) -> State:
     return {key.removeprefix("vision_model."): value for key, value in state.items()}
 
 
-def init_projector(projector: torch.nn.Module, seed: int) -> None:
-    """The projector's first weights: torch's own initialisation of a linear layer, a function of the seed alone."""
+@torch.no_grad()
+def init_projector(model: LlavaForConditionalGeneration, seed: int) -> None:
+    """The projector's first weights: torch's own for linear layers, scaled so that its output is as large as a word.
+
+    The scale is read from the features of a plain picture and from the embedding table, so the weights are a function
+    of the frozen parts and the seed. Unscaled, projected patches were 11 times as large as SmolLM2's words, and what
+    its first layers add to them was lost (docs/decisions.md).
+    """
+    projector, table = model.model.multi_modal_projector, model.get_input_embeddings().weight
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for layer in projector.modules():
-            if isinstance(layer, torch.nn.Linear):
-                layer.reset_parameters()
+        for layer in (projector.linear_1, projector.linear_2):
+            layer.reset_parameters()
+    side = model.config.vision_config.image_size
+    layer = model.config.vision_feature_layer
+    features = model.model.vision_tower(torch.zeros(1, 3, side, side), output_hidden_states=True).hidden_states[layer]
+    projector.linear_1.weight /= rms(features)
+    gain = rms(table) / rms(projector(features))
+    projector.linear_2.weight *= gain
+    projector.linear_2.bias *= gain
+
+
+def rms(values: torch.Tensor) -> torch.Tensor:
+    """Root mean square, ()."""
+    return values.float().square().mean().sqrt()
 
 
 def assemble(backbones: Backbones, spec: ModelSpec) -> Llava:
@@ -223,7 +241,7 @@ def assemble(backbones: Backbones, spec: ModelSpec) -> Llava:
             )
         head = fit_rows(text_state["lm_head.weight"], len(tokenizer))
         inject(model.lm_head, {"weight": head}, backbones.language_model.origin)
-    init_projector(parts.multi_modal_projector, spec.projector_seed)
+    init_projector(model, spec.projector_seed)
     freeze_backbones(model)
     count = num_image_tokens(vision_config, spec.vision_feature_select_strategy)
     return Llava(model, Processor(tokenizer, template, images, count), ignored)
