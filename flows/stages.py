@@ -18,18 +18,21 @@ from prefect.cache_policies import INPUTS, NO_CACHE, CachePolicy
 from prefect.context import TaskRunContext
 from prefect.runtime import flow_run
 from prefect.tasks import exponential_backoff
+from pydantic import BaseModel
 
 from llava_pipeline.code_digest import code_digest
 from llava_pipeline.contracts import (
+    ArtifactRef,
     AssembledModel,
     Backbones,
     Evaluation,
     RecordedRun,
+    Snapshot,
     TrainedProjector,
     ValidatedData,
     Verdict,
 )
-from llava_pipeline.errors import BackboneUnavailable, SourceUnavailable, TrackingError
+from llava_pipeline.errors import SourceUnavailable, StoreError
 from llava_pipeline.spec import (
     BackbonesSpec,
     DataSpec,
@@ -40,12 +43,12 @@ from llava_pipeline.spec import (
     RunSpec,
     TrainingSpec,
 )
+from llava_pipeline.store import open_artifact
 
 P = ParamSpec("P")
 R = TypeVar("R")
 log = logging.getLogger("llava_pipeline.flow")
 MINUTE = 60
-PASSING = (BackboneUnavailable, SourceUnavailable, TrackingError)
 
 
 def may_change_underneath(value: Any) -> bool:
@@ -53,6 +56,8 @@ def may_change_underneath(value: Any) -> bool:
     if isinstance(value, BackbonesSpec):
         parts = (value.vision_tower, value.language_model)
         return value.source is not None or any(isinstance(part, FolderBackbone) for part in parts)
+    if isinstance(value, EvaluationSpec):
+        return value.picture is not None
     if isinstance(value, DataSpec) and isinstance(value.source, HubSource):
         return value.source.path is not None or len(value.source.revision) != 40
     return False
@@ -73,11 +78,25 @@ class SameInputsSameCode(CachePolicy):
         return f"{INPUTS.compute_key(task_ctx, inputs, flow_parameters, **kwargs)}-{code_digest(self.module)}"
 
 
+def missing_artifacts(result: Any) -> str | None:
+    """What a reused result refers to and the store does not hold whole, in words; None where all is there."""
+    if isinstance(result, ArtifactRef):
+        try:
+            open_artifact(result)
+        except StoreError as error:
+            return str(error).split(";")[0]
+    if isinstance(result, BaseModel):
+        return next(
+            (lost for name in type(result).model_fields if (lost := missing_artifacts(getattr(result, name)))), None
+        )
+    return None
+
+
 def will_pass(task_: Any, task_run: Any, state: Any) -> bool:
-    """Retry only what may be better in a minute: a network, not a wrong digest."""
+    """Retry only what may be better in a minute: a network, not a refused row."""
     try:
         state.result()
-    except PASSING:
+    except SourceUnavailable:
         return True
     except Exception:  # whatever it is, asking again will not change it
         return False
@@ -107,8 +126,12 @@ def stage(
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             state = prefect_task(*args, return_state=True, **kwargs)
-            if state.name == "Cached":
-                log.info("%s: nothing changed, the earlier result is reused", prefect_task.name)
+            if state.name != "Cached":
+                return state.result()
+            if lost := missing_artifacts(state.result()):
+                log.info("%s: nothing changed, but %s; it is made anew", prefect_task.name, lost)
+                return prefect_task.with_options(refresh_cache=True)(*args, **kwargs)
+            log.info("%s: nothing changed, the earlier result is reused", prefect_task.name)
             return state.result()
 
         return call
@@ -116,7 +139,7 @@ def stage(
     return decorate
 
 
-@stage("llava_pipeline.stages.fetch", minutes=120, retries=3)
+@stage("llava_pipeline.stages.fetch", minutes=120)  # it asks again itself, for backbones.patience_seconds
 def fetch_backbones(spec: BackbonesSpec) -> Backbones:
     from llava_pipeline.stages import fetch
 
@@ -130,7 +153,7 @@ def assemble_and_freeze(backbones: Backbones, spec: ModelSpec) -> AssembledModel
     return assemble.assemble_and_freeze(backbones, spec)
 
 
-@stage("llava_pipeline.stages.validate", minutes=360, retries=3)
+@stage("llava_pipeline.stages.validate", minutes=360, retries=2)
 def validate_stream(model: AssembledModel, spec: DataSpec, num_held_out: int) -> ValidatedData:
     from llava_pipeline.stages import validate
 
@@ -138,24 +161,25 @@ def validate_stream(model: AssembledModel, spec: DataSpec, num_held_out: int) ->
 
 
 @stage("llava_pipeline.stages.train", minutes=24 * 60)
-def train_projector(data: ValidatedData, spec: TrainingSpec) -> TrainedProjector:
+def train_projector(model: AssembledModel, data: Snapshot, spec: TrainingSpec) -> TrainedProjector:
     from llava_pipeline.stages import train
 
-    return train.train_projector(data, spec)
+    return train.train_projector(model, data, spec)
 
 
 @stage("llava_pipeline.stages.evaluate", minutes=240)
-def evaluate_generations(projector: TrainedProjector, spec: EvaluationSpec) -> Evaluation:
+def evaluate_generations(projector: TrainedProjector, held_out: Snapshot, spec: EvaluationSpec) -> Evaluation:
     from llava_pipeline.stages import evaluate
 
-    return evaluate.evaluate_generations(projector, spec)
+    return evaluate.evaluate_generations(projector, held_out, spec)
 
 
 @stage("llava_pipeline.stages.record", minutes=30, reuse=False)
 def record_run(spec: RunSpec, evaluation: Evaluation) -> RecordedRun:
     from llava_pipeline.stages import record
 
-    return record.record_run(spec, evaluation, {"prefect.flow_run_id": str(flow_run.get_id() or "")})
+    began = flow_run.get_scheduled_start_time().timestamp()
+    return record.record_run(spec, evaluation, {"prefect.flow_run_id": str(flow_run.get_id() or "")}, began)
 
 
 @stage("llava_pipeline.stages.promote", minutes=10, reuse=False)

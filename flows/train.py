@@ -32,7 +32,9 @@ def mark_failed(flow: Any, flow_run: Any, state: Any) -> None:
     from llava_pipeline.tracking.settings import load_settings
 
     spec = RunSpec.model_validate(flow_run.parameters["spec"])
-    record_failure(spec, state.message or "unknown", load_settings(), {"prefect.flow_run_id": str(flow_run.id)})
+    began = (flow_run.start_time or flow_run.expected_start_time).timestamp()
+    tags = {"prefect.flow_run_id": str(flow_run.id)}
+    record_failure(spec, state.message or "unknown", load_settings(), tags, started=began)
 
 
 @prefect.flow(name="train-projector", on_failure=[mark_failed], on_crashed=[mark_failed])
@@ -41,7 +43,7 @@ def train(spec: RunSpec) -> Verdict:
     backbones = fetch_backbones(spec.backbones)
     model = assemble_and_freeze(backbones, spec.model)
     data = validate_stream(model, spec.data, spec.evaluation.max_samples)
-    projector = train_projector(data, spec.training)
-    evaluation = evaluate_generations(projector, spec.evaluation)
+    projector = train_projector(model, data.train, spec.training)
+    evaluation = evaluate_generations(projector, data.held_out, spec.evaluation)
     run = record_run(spec, evaluation)
     return pass_gate_and_promote(run)

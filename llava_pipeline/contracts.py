@@ -65,7 +65,6 @@ class Snapshot(Frozen):
 class ValidatedData(Frozen):
     """What is trained on, and what is held out."""
 
-    model: AssembledModel
     train: Snapshot
     held_out: Snapshot
 
@@ -74,7 +73,7 @@ class TrainedProjector(Frozen):
     """A projector with its history."""
 
     model: AssembledModel
-    data: ValidatedData
+    data: Snapshot
     projector: ArtifactRef
     history: ArtifactRef
     num_steps: int
@@ -109,7 +108,7 @@ class Evaluation(Frozen):
     projector: TrainedProjector
     answers: ArtifactRef
     num_questions: int
-    held_out_digest: Sha256
+    held_out: Snapshot
     right_image: Score
     shuffled_image: Score
     untrained: Score
@@ -117,6 +116,11 @@ class Evaluation(Frozen):
     blind_by_kind: dict[str, float]
     asked: tuple[AskedQuestion, ...] = ()  # empty where the spec asks nothing, or its picture could not be had
     seconds: float
+
+    @property
+    def held_out_digest(self) -> str:
+        """Scores with the same one can be compared."""
+        return self.held_out.rows.digest
 
 
 class RecordedRun(Frozen):

@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llava_pipeline.data import scenes
+from pretraining.card import write_card
 from pretraining.questions import sample_questions
 
 NUM_SLOTS = 16
@@ -303,7 +304,6 @@ def train(args: argparse.Namespace) -> None:
         if (step + 1) % args.every == 0:
             for form in ("merged", "text"):
                 print(form, evaluate(model, tokenizer, form, 4), flush=True)
-            save(model, tokenizer, args.out, {"step": step + 1})
     minutes = (time.monotonic() - started) / 60
     scores = {form: evaluate(model, tokenizer, form, 24) for form in ("merged", "text")}
     facts = {
@@ -317,11 +317,10 @@ def train(args: argparse.Namespace) -> None:
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, card: dict) -> None:
-    """Half-precision safetensors, configuration and tokenizer in the layout of the hub."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Half-precision safetensors, configuration and tokenizer in the layout of the hub; the card with the digest last."""
     copy.deepcopy(model).half().save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / "pretraining.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    write_card(out, card)
 
 
 if __name__ == "__main__":

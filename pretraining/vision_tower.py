@@ -25,6 +25,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from llava_pipeline.data import scenes
+from pretraining.card import write_card
 from pretraining.muon import new_optimizers
 
 SIDE, PATCH = 64, 16
@@ -202,7 +203,6 @@ def train(args: argparse.Namespace) -> None:
             print(f"{told} {time.monotonic() - started:.0f} s", flush=True)
         if (step + 1) % args.every == 0:
             print(probe(tower, 1024, 256), flush=True)
-            save(tower, args.out, {"step": step + 1})
     minutes = (time.monotonic() - started) / 60
     scores = probe(tower)
     facts = {"num_parameters": num_parameters, "steps": args.steps, "pictures": args.steps * args.batch}
@@ -212,12 +212,12 @@ def train(args: argparse.Namespace) -> None:
 
 
 def save(tower: CLIPVisionModel, out: Path, card: dict) -> None:
-    """Half-precision safetensors, configuration and image processor in the layout of the hub."""
+    """Half-precision safetensors, configuration and image processor in the layout of the hub; the card last."""
     copy.deepcopy(tower).half().save_pretrained(out)
     CLIPImageProcessor(
         size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_mean=MEAN, image_std=STD
     ).save_pretrained(out)
-    (out / "pretraining.json").write_text(json.dumps(card, indent=1) + "\n")
+    write_card(out, card)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llava_pipeline.contracts import AskedQuestion, Evaluation, Score, TrainedProjector
+from llava_pipeline.contracts import AskedQuestion, Evaluation, Score, Snapshot, TrainedProjector
 from llava_pipeline.data.picture import load_picture
 from llava_pipeline.data.snapshot import Rows, open_rows
 from llava_pipeline.errors import PictureRefused
@@ -26,17 +26,17 @@ from llava_pipeline.training.loop import choose_device, choose_precision, place
 log = logging.getLogger(__name__)
 
 
-def evaluate_generations(trained: TrainedProjector, spec: EvaluationSpec) -> Evaluation:
+def evaluate_generations(trained: TrainedProjector, held_out: Snapshot, spec: EvaluationSpec) -> Evaluation:
     """Ask everything three times, score it, and keep every answer beside its score."""
     started = time.monotonic()
     llava = load(trained.model)
     untrained = projector.state_of(llava.model)
     device = choose_device("auto" if not trained.device.startswith("cpu") else "cpu")
     place(llava.model, device, choose_precision("auto", device))
-    rows = open_rows(trained.data.held_out.rows)
+    rows = open_rows(held_out.rows)
     conditions = ask_all(llava, rows, trained, untrained, spec)
     scores = {name: score(rows, given) for name, given in conditions.items()}
-    blind = blind_scores(rows, open_rows(trained.data.train.rows))
+    blind = blind_scores(rows, open_rows(trained.data.rows))
     with writing("answers") as (folder, done):
         lines = answer_lines(rows, conditions)
         (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -46,7 +46,7 @@ def evaluate_generations(trained: TrainedProjector, spec: EvaluationSpec) -> Eva
         save_loss_curve(train_losses(trained), folder / "loss.png")
         asked = ask_own_picture(llava, trained, spec, folder / "asked.png")
     return Evaluation(
-        projector=trained, answers=done[0], num_questions=len(rows), held_out_digest=trained.data.held_out.rows.digest,
+        projector=trained, answers=done[0], num_questions=len(rows), held_out=held_out,
         right_image=scores["right"], shuffled_image=scores["shuffled"], untrained=scores["untrained"],
         blind_rate=blind[0], blind_by_kind=blind[1], asked=asked, seconds=time.monotonic() - started,
     )  # fmt: skip

@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from llava_pipeline.contracts import TrainedProjector, ValidatedData
+from llava_pipeline.contracts import AssembledModel, Snapshot, TrainedProjector
 from llava_pipeline.data.snapshot import Rows, open_rows
 from llava_pipeline.errors import FrozenWeightsChanged
 from llava_pipeline.evaluation.evaluate import picture_features
@@ -25,20 +25,20 @@ log = logging.getLogger(__name__)
 FEATURE_BATCH = 64
 
 
-def train_projector(data: ValidatedData, spec: TrainingSpec) -> TrainedProjector:
+def train_projector(model: AssembledModel, data: Snapshot, spec: TrainingSpec) -> TrainedProjector:
     """Train from the assembled model's fresh projector, and keep projector and history.
 
     Raises:
         Diverged: the loss stopped being a number.
         FrozenWeightsChanged: a frozen part differs afterwards; nothing is kept.
     """
-    llava = load(data.model)
+    llava = load(model)
     device = choose_device(spec.device)
     precision = choose_precision(spec.precision, device)
     place(llava.model, device, precision)
     before = frozen_digest(llava.model)
     started = time.monotonic()
-    samples = prepare(llava, open_rows(data.train.rows))
+    samples = prepare(llava, open_rows(data.rows))
     records = run(llava, samples, spec)
     if frozen_digest(llava.model) != before:
         raise FrozenWeightsChanged("a frozen part changed during training; this is a defect, please report it")
@@ -48,16 +48,16 @@ def train_projector(data: ValidatedData, spec: TrainingSpec) -> TrainedProjector
     with writing("projector") as (folder, trained):
         facts = {
             "num_steps": len(records),
-            "train_digest": data.train.rows.digest,
+            "train_digest": data.rows.digest,
             "training": spec.model_dump(mode="json"),
         }
-        projector.save(folder, projector.state_of(llava.model), data.model, facts)
+        projector.save(folder, projector.state_of(llava.model), model, facts)
     return TrainedProjector(
-        model=data.model, data=data, projector=trained[0], history=history[0], num_steps=len(records),
+        model=model, data=data, projector=trained[0], history=history[0], num_steps=len(records),
         num_samples=sum(r.num_samples for r in records), num_skipped_steps=sum(r.skipped for r in records),
         final_loss=last_mean(records), seconds=seconds, device=device_name(device),
         precision=str(precision).removeprefix("torch."), peak_memory_bytes=peak_memory(device),
-        frozen_digest_after=digest_as_assembled(llava, before, data.model.frozen_digest),
+        frozen_digest_after=digest_as_assembled(llava, before, model.frozen_digest),
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ def validate_stream(model: AssembledModel, spec: DataSpec, num_held_out: int) ->
     processor = processor_of(model)
     train = snapshot(spec, "train", spec.max_samples, processor)
     held_out = snapshot(spec, "test", num_held_out, processor)
-    return ValidatedData(model=model, train=train, held_out=held_out)
+    return ValidatedData(train=train, held_out=held_out)
 
 
 def snapshot(spec: DataSpec, split: Split, wanted: int, processor: Processor) -> Snapshot:

@@ -110,7 +110,7 @@ def training_curve(rows: list[dict[str, Any]]) -> list[Point]:
 
 def results(evaluation: Evaluation) -> dict[str, float]:
     """Every metric that has one value per run, by name."""
-    trained, data = evaluation.projector, evaluation.projector.data.train
+    trained, data = evaluation.projector, evaluation.projector.data
     found: dict[str, float | None] = {
         "train/final_loss": trained.final_loss,
         "train/seconds": trained.seconds,
@@ -155,7 +155,7 @@ def tags_of_evaluation(evaluation: Evaluation) -> dict[str, str]:
         "llava.frozen_digest_after": after,
         "llava.frozen_digests_equal": "true" if before == after else "false",
         "llava.projector_digest": trained.projector.digest,
-        "llava.snapshot_digest": trained.data.train.rows.digest,
+        "llava.snapshot_digest": trained.data.rows.digest,
         "llava.held_out_digest": evaluation.held_out_digest,
         "llava.evaluation_digest": evaluation_digest(evaluation),
     }

@@ -16,6 +16,8 @@ class ChampionScores(Frozen):
 
     version: str
     held_out_digest: Sha256
+    frozen_digest: Sha256
+    projector_digest: Sha256
     exact_match: float
     by_kind: dict[str, float]
 
@@ -23,10 +25,11 @@ class ChampionScores(Frozen):
 def decide(evaluation: Evaluation, champion: ChampionScores | None, gate: GateSettings) -> tuple[Rule, ...]:
     """Every rule with what was found; the projector may become champion when all of them passed.
 
-    The first five rules are absolute, so the first champion has to earn its place too. The last two compare with the
-    champion. They pass when there is none. When it was scored on another held-out set, the numbers cannot be compared,
-    and refusing would keep a champion for ever once the data have changed: these rules then pass with the note
-    "champion was scored on another set; not compared", but only if all absolute rules pass; else they fail.
+    The first five rules are absolute, so the first champion has to earn its place too; the next two keep out what is
+    no replacement for the champion. The last two compare with the champion. They pass when there is none. When it was
+    scored on another held-out set, the numbers cannot be compared, and refusing would keep a champion for ever once
+    the data have changed: these rules then pass with the note "champion was scored on another set; not compared", but
+    only if all absolute rules pass; else they fail.
 
     "Not worse" leaves room for noise (``max_regression``). A chain of promotions can lose that much each time; set it
     to 0 to forbid that.
@@ -38,13 +41,15 @@ def decide(evaluation: Evaluation, champion: ChampionScores | None, gate: GateSe
         _better_than_untrained(evaluation, gate),
         _better_than_blind(evaluation, gate),
     )
+    replaces = (_same_frozen_parts(evaluation, champion), _not_the_champion_again(evaluation, champion))
     if champion is None:
-        return (*absolute, *_not_compared(True, "no champion yet"))
+        return (*absolute, *replaces, *_not_compared(True, "no champion yet"))
     if champion.held_out_digest != evaluation.held_out_digest:
         passed = all(rule.passed for rule in absolute)
-        return (*absolute, *_not_compared(passed, "champion was scored on another set; not compared"))
+        return (*absolute, *replaces, *_not_compared(passed, "champion was scored on another set; not compared"))
     return (
         *absolute,
+        *replaces,
         _not_worse_than_champion(evaluation, champion, gate),
         _no_kind_worse_than_champion(evaluation, champion, gate),
     )
@@ -100,6 +105,31 @@ def _better_than_blind(evaluation: Evaluation, gate: GateSettings) -> Rule:
         passed=_at_least(right - blind, gate.min_over_blind),
         found=_gain(right, blind, "without any picture"),
         required=f"a gain of at least {gate.min_over_blind:.3f} over the best answer without any picture",
+    )
+
+
+def _same_frozen_parts(evaluation: Evaluation, champion: ChampionScores | None) -> Rule:
+    """Serving swaps projectors between the same backbones; another pair wants a registered model of its own."""
+    own = evaluation.projector.model.frozen_digest
+    found = (
+        "no champion yet" if champion is None else f"digest {own[:12]}, the champion's {champion.frozen_digest[:12]}"
+    )
+    return Rule(
+        name="same_frozen_parts",
+        passed=champion is None or champion.frozen_digest == own,
+        found=found,
+        required="the same frozen parts as the champion; give another pair a name of its own: --set profile=NAME",
+    )
+
+
+def _not_the_champion_again(evaluation: Evaluation, champion: ChampionScores | None) -> Rule:
+    own = evaluation.projector.projector.digest
+    same = champion is not None and champion.projector_digest == own
+    return Rule(
+        name="not_the_champion_again",
+        passed=not same,
+        found=f"the same projector as version {champion.version}" if same and champion else f"a new one, {own[:12]}",
+        required="another projector than the champion's",
     )
 
 

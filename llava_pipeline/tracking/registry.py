@@ -109,6 +109,8 @@ def champion_scores(name: str, settings: Settings) -> ChampionScores | None:
         return ChampionScores(
             version=version,
             held_out_digest=tags["llava.held_out_digest"],
+            frozen_digest=tags["llava.frozen_digest"],
+            projector_digest=tags["llava.projector_digest"],
             exact_match=float(tags["llava.exact_match"]),
             by_kind=json.loads(tags["llava.exact_match_by_kind"]),
         )

@@ -82,12 +82,15 @@ def record(
 def record_failure(
     spec: RunSpec, reason: str, settings: Settings, tags: dict[str, str], *, started: float | None = None
 ) -> str | None:
-    """Record a pipeline run that died before it had a result, as a FAILED run with the reason.
+    """Record a pipeline run that died, as a FAILED run with the reason: the one it had begun to record, or a new one.
 
     Never raises: what went wrong is the reason, not this. Returns the run's id, or None when it could not be recorded.
     """
     try:
         client = connect(settings)
+        if run_id := _begun(client, settings, tags):
+            _fail(client, run_id, reason)
+            return run_id
         _, run_id = _start(client, spec, settings, tags, started)
     except Exception as error:
         _log.warning("the failed run is not in MLflow: %s", first_line(error))
@@ -115,6 +118,16 @@ def _start(
     return experiment_id, str(run.info.run_id)
 
 
+def _begun(client: MlflowClient, settings: Settings, tags: dict[str, str]) -> str | None:
+    """Id of the run that the same flow run has recorded already, if any."""
+    flow_run = tags.get("prefect.flow_run_id")
+    if not flow_run:
+        return None
+    asked = f"tags.`prefect.flow_run_id` = '{flow_run}'"
+    found = client.search_runs([ensure_experiment(client, settings)], filter_string=asked, max_results=1)
+    return str(found[0].info.run_id) if found else None
+
+
 def _describe(client: MlflowClient, run_id: str, spec: RunSpec, evaluation: Evaluation) -> None:
     """Parameters, metrics, tags and data sets; the client sends them in parts that a server takes."""
     from mlflow.entities import Param, RunTag
@@ -125,10 +138,8 @@ def _describe(client: MlflowClient, run_id: str, spec: RunSpec, evaluation: Eval
         params=[Param(*item) for item in content.parameters(spec, evaluation).items()],
         tags=[RunTag(*item) for item in content.tags_of_evaluation(evaluation).items()],
     )
-    data = evaluation.projector.data
-    client.log_inputs(
-        run_id, datasets=[_dataset_input(data.train, "training"), _dataset_input(data.held_out, "evaluation")]
-    )
+    train, held_out = evaluation.projector.data, evaluation.held_out
+    client.log_inputs(run_id, datasets=[_dataset_input(train, "training"), _dataset_input(held_out, "evaluation")])
 
 
 def _metrics(evaluation: Evaluation) -> Iterator[Metric]:

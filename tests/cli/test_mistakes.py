@@ -84,7 +84,7 @@ def test_an_unexpected_error_is_one_sentence_and_a_trace_only_on_request(
     ended = command("runs")
     assert (ended.exit_code, ended.error) == (
         1,
-        "unexpected RuntimeError: two lines; run again with --debug for the stack trace",
+        "unexpected RuntimeError: two lines; run again as `llava-pipeline --debug ...` for the stack trace",
     )
     ended = command("--debug", "runs")
     assert ended.exit_code == 1

@@ -21,7 +21,6 @@ from llava_pipeline.contracts import (
     Score,
     Snapshot,
     TrainedProjector,
-    ValidatedData,
 )
 from llava_pipeline.spec import (
     BackbonesSpec,
@@ -110,7 +109,7 @@ def build_evaluation(
     kinds = {"color": right, "yes/no": right} if by_kind is None else by_kind
     projector = TrainedProjector(
         model=_model(),
-        data=_data(held_out),
+        data=_snapshot("c"),
         projector=_artifact("projector", {"projector.safetensors": weights, "manifest.json": b"{}"}),
         history=_artifact("history", {"history.jsonl": _history(num_steps)}),
         num_steps=num_steps,
@@ -127,7 +126,7 @@ def build_evaluation(
         projector=projector,
         answers=_answers(),
         num_questions=2,
-        held_out_digest=held_out * 64,
+        held_out=_snapshot(held_out),
         right_image=Score(exact_match=right, by_kind=kinds, loss=loss),
         shuffled_image=Score(exact_match=shuffled, by_kind=dict.fromkeys(kinds, shuffled), loss=loss_shuffled),
         untrained=Score(exact_match=untrained, by_kind=dict.fromkeys(kinds, untrained), loss=3.0),
@@ -156,21 +155,18 @@ def _model() -> AssembledModel:
     )
 
 
-def _data(held_out: str) -> ValidatedData:
-    def snapshot(digest: str) -> Snapshot:
-        return Snapshot(
-            spec=DataSpec(source=ScenesSource(), max_samples=8),
-            rows=ArtifactRef(kind="rows", digest=digest * 64, num_bytes=1),
-            origin="scenes:1",
-            num_read=9,
-            num_kept=8,
-            rejected={"too long": 1},
-            num_images=8,
-            num_supervised_tokens=40,
-            num_tokens=200,
-        )
-
-    return ValidatedData(model=_model(), train=snapshot("c"), held_out=snapshot(held_out))
+def _snapshot(digest: str) -> Snapshot:
+    return Snapshot(
+        spec=DataSpec(source=ScenesSource(), max_samples=8),
+        rows=ArtifactRef(kind="rows", digest=digest * 64, num_bytes=1),
+        origin="scenes:1",
+        num_read=9,
+        num_kept=8,
+        rejected={"too long": 1},
+        num_images=8,
+        num_supervised_tokens=40,
+        num_tokens=200,
+    )
 
 
 def _history(num_steps: int) -> bytes:

@@ -13,12 +13,14 @@ from tests.tracking.conftest import MakeEvaluation
 
 NAN = math.nan
 CHAMPION: dict[str, Any] = {"exact_match": 0.9, "by_kind": {"color": 0.9, "yes/no": 0.9}, "held_out_digest": "d" * 64}
+CHAMPION |= {"frozen_digest": "f" * 64, "projector_digest": "1" * 64}
 RELATIVE = {"not_worse_than_champion", "no_kind_worse_than_champion"}
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None, set[str]]] = {
     "first champion": ({}, None, set()),
     "first champion has to earn it": ({"right": 0.45}, None, {"looks_at_the_image", "better_than_blind"}),
     "better": ({"right": 0.95}, {}, set()),
+    "between other parts": ({"right": 0.95}, {"frozen_digest": "0" * 64}, {"same_frozen_parts"}),
     "equal": ({}, {}, set()),
     "within the noise": ({"right": 0.895}, {}, set()),
     "worse": ({"right": 0.89}, {}, {"not_worse_than_champion"}),
@@ -62,7 +64,7 @@ def test_rules(
     other = None if champion is None else ChampionScores(version="1", **{**CHAMPION, **champion})
     rules = decide(make_evaluation(**scores), other, GateSettings())
     assert {rule.name for rule in rules if not rule.passed} == refused
-    assert len(rules) == 7
+    assert len(rules) == 9
     assert all(rule.found and rule.required for rule in rules)
 
 
