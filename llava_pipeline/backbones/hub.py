@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llava_pipeline import store
 from llava_pipeline.backbones.layout import SIDE_FILES
-from llava_pipeline.errors import BackboneUnavailable, DigestMismatch, DiskFull
+from llava_pipeline.errors import BackboneUnavailable, DigestMismatch, NotFound
 from llava_pipeline.spec import HubBackbone
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ def hub_files(part: HubBackbone, patience_seconds: float) -> dict[str, Path]:
 
     Raises:
         BackboneUnavailable: the hub is out of reach or refuses, and the cache does not hold a whole part.
+        NotFound: the hub has no such repository, commit or file.
         DigestMismatch: a file is not the pinned one; it is removed from the cache, so that it is downloaded anew.
         DiskFull: no space left for the cache.
     """
@@ -95,7 +96,7 @@ def _all_files(repository: _Repository, part: HubBackbone, patience_seconds: flo
     if not part.weights.endswith(".gguf"):
         needed.add("config.json")
     if missing := sorted(needed - files.keys()):
-        raise BackboneUnavailable(
+        raise NotFound(
             f"{repository.repo_id} at {repository.revision[:12]} has no {', '.join(missing)}; "
             "correct `weights`, `sha256` or `revision` of the part in the spec"
         )
@@ -137,7 +138,7 @@ def _ask_hub(repository: _Repository, name: str, patience_seconds: float) -> Pat
             _raise_local_trouble(error, repository.cache)
             asked = _pause_asked(error)
             if asked is None:
-                raise BackboneUnavailable(_refusal(error, repository)) from error
+                raise _refusal(error, repository) from error
             now = time.monotonic()
             deadline = now + patience_seconds if deadline is None else deadline
             wait = max(asked, pause)
@@ -173,10 +174,7 @@ def _raise_local_trouble(error: Exception, cache: Path) -> None:
         return
     if isinstance(error, ConnectionError | TimeoutError | errors.HfHubHTTPError):
         return
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        raise DiskFull(
-            f"no space left for the hub's cache at {cache}; free some, or set HF_HOME to a larger disk"
-        ) from error
+    store.tell_disk_full(error, cache, "HF_HOME")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR):
         raise BackboneUnavailable(
             f"cannot write the hub's cache at {cache} ({error.strerror}); set HF_HOME to a folder that can be written"
@@ -199,26 +197,29 @@ def _pause_asked(error: BaseException) -> float | None:
     return 0.0
 
 
-def _refusal(error: Exception, repository: _Repository) -> str:
+def _refusal(error: Exception, repository: _Repository) -> BackboneUnavailable | NotFound:
     """What a final answer of the hub means, and what to do about it."""
     from huggingface_hub import errors
 
     name = f"{repository.repo_id} at {repository.revision[:12]}"
     match error:
-        case errors.GatedRepoError():
-            return f"{name} is gated; accept its terms on its page at the hub and set HF_TOKEN, or {REMEDY}"
+        case errors.GatedRepoError():  # a kind of RepositoryNotFoundError
+            why = f"{name} is gated; accept its terms on its page at the hub and set HF_TOKEN"
         case errors.RepositoryNotFoundError():
-            return f"the hub has no public {repository.repo_id}; correct `repo_id`, or set HF_TOKEN, or {REMEDY}"
+            return NotFound(
+                f"the hub has no public {repository.repo_id}; correct `repo_id`, or set HF_TOKEN, or {REMEDY}"
+            )
         case errors.RevisionNotFoundError():
-            return (
+            return NotFound(
                 f"{repository.repo_id} has no commit {repository.revision}; correct `revision` of the part in the spec"
             )
         case errors.HfHubHTTPError():
-            status = error.response.status_code
-            return f"the hub refuses {name} with status {status}; set HF_TOKEN if it needs one, or {REMEDY}"
+            why = f"the hub refuses {name} with status {error.response.status_code}; set HF_TOKEN if it needs one"
         case errors.OfflineModeIsEnabled():
-            return f"{name} is not in the cache at {repository.cache} and HF_HUB_OFFLINE is set; unset it, or {REMEDY}"
-    return f"cannot get {name}: {_first_line(error)}; check HF_ENDPOINT and the proxy's settings, or {REMEDY}"
+            why = f"{name} is not in the cache at {repository.cache} and HF_HUB_OFFLINE is set; unset it"
+        case _:
+            why = f"cannot get {name}: {_first_line(error)}; check HF_ENDPOINT and the proxy's settings"
+    return BackboneUnavailable(f"{why}, or {REMEDY}")
 
 
 def _first_line(error: BaseException) -> str:

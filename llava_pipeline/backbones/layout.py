@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from llava_pipeline.errors import BackboneUnavailable
+from llava_pipeline.errors import NotFound
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def choose_weights(names: Iterable[str], named: str | None, where: str) -> str:
     """The named weight file, or the only other one there is.
 
     Raises:
-        BackboneUnavailable: there is none, or more than one to choose from, or no config.json beside it.
+        NotFound: there is none, or more than one to choose from, or no config.json beside it.
     """
     known = set(names)
     if named is not None and named in known:
@@ -35,7 +35,7 @@ def choose_weights(names: Iterable[str], named: str | None, where: str) -> str:
     else:
         others = sorted(name for name in known if name in WEIGHT_FILES or name.endswith(".gguf"))
         if len(others) != 1:
-            raise BackboneUnavailable(
+            raise NotFound(
                 f"{where} has no {named or 'single weight file'}, and of other weight files {len(others)} "
                 f"({', '.join(others) or 'none'}); name the one to take as `weights` of the part in the spec"
             )
@@ -43,7 +43,7 @@ def choose_weights(names: Iterable[str], named: str | None, where: str) -> str:
         if named is not None:
             logger.warning("%s has no %s; its only weight file %s is taken", where, named, chosen)
     if not chosen.endswith(".gguf") and "config.json" not in known:
-        raise BackboneUnavailable(f"{where} has {chosen} but no config.json; put the model's config.json beside it")
+        raise NotFound(f"{where} has {chosen} but no config.json; put the model's config.json beside it")
     return chosen
 
 

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_pipeline.backbones.configuration import LOCAL
 from llava_pipeline.errors import SpecError, WeightsMismatch
 
 if TYPE_CHECKING:
@@ -82,8 +83,8 @@ def read_gguf(folder: Path, weights: str) -> tuple[PreTrainedConfig, PreTrainedT
     if not path.is_file():
         raise WeightsMismatch(f"there is no {weights} to read; fetch the backbones again with --refresh")
     try:
-        config = AutoConfig.from_pretrained(folder, gguf_file=weights)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights)
+        config = AutoConfig.from_pretrained(folder, gguf_file=weights, **LOCAL)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights, **LOCAL)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         parsed = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model, torch_dtype=torch.float32)

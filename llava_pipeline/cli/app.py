@@ -180,7 +180,11 @@ def main() -> None:
     except Exception as error:
         text = " ".join(str(error).split())[:500]
         sys.exit(
-            report(f"unexpected {type(error).__name__}: {text}; run again as `llava-pipeline --debug ...` for the stack trace", error, 1)
+            report(
+                f"unexpected {type(error).__name__}: {text}; run again as `llava-pipeline --debug ...` for the stack trace",
+                error,
+                1,
+            )
         )
 
 

@@ -46,8 +46,10 @@ def plan(made: Plan, spec: RunSpec) -> None:
     facts.add_row("evaluation time (estimate)", duration(made.evaluation_seconds_estimate))
     facts.add_row("memory (estimate)", f"{made.memory_bytes_estimate / 1e9:.1f} GB")
     for item in made.downloads:
-        size = f"{item.num_bytes / 1e6:,.0f} MB" if item.num_bytes else "size not known before"
-        facts.add_row(f"download: {item.what}", f"{size}, {item.source}")
+        places = [place for place in (item, item.otherwise) if place is not None]
+        sizes = [f"{place.num_bytes / 1e6:,.0f} MB" if place.num_bytes else "size not known before" for place in places]
+        told = [f"{size}, {place.source}" for size, place in zip(sizes, places, strict=True)]
+        facts.add_row(f"download: {item.what}", "\nor, without the hub, ".join(told))
     if not made.downloads:
         facts.add_row("download", "nothing")
     console.print(facts)

@@ -25,7 +25,7 @@ from llava_pipeline.contracts import ArtifactRef, Snapshot
 from llava_pipeline.data.checks import STRUCTURE
 from llava_pipeline.data.images import ImageRefused, decode
 from llava_pipeline.data.record import Malformed, Record, Row, normalise
-from llava_pipeline.errors import NothingToLearn, SourceUnavailable, TooManyRejected
+from llava_pipeline.errors import NothingToLearn, TooManyRejected
 from llava_pipeline.model.processor import IGNORE_INDEX, Encoded, Processor
 from llava_pipeline.spec import DataSpec
 from llava_pipeline.store import open_artifact, writing
@@ -136,7 +136,6 @@ def take(
     """Read rows until ``wanted`` are kept or the source ends, and put them into the store.
 
     Raises:
-        SourceUnavailable: the source gave no row at all.
         TooManyRejected: more than ``spec.max_rejected_share`` were refused, at the end or once 200 rows were read.
         NothingToLearn: every row was refused.
     """
@@ -164,7 +163,7 @@ def take(
             shards.close()
         num_images = len(shards.known)
         if totals.num_read == 0:
-            raise SourceUnavailable(f"{origin} has no rows; check data.source")
+            raise NothingToLearn(f"{origin} has no rows; check data.source")
         if totals.num_kept == 0:
             raise NothingToLearn(
                 f"all {totals.num_read} rows of {origin} were refused: {leading_reasons(totals.rejected)}"

@@ -98,10 +98,7 @@ def losses(llava: Llava, asked: list[Asked], image: list[int], features: torch.T
             [torch.tensor([IGNORE_INDEX] * len(asked[k].prompt) + asked[k].truth) for k in rows],
             features[[image[k] for k in rows]],
             int(llava.model.config.pad_token_id),
-        )
-        batch = type(batch)(
-            *(getattr(batch, n).to(device) for n in ("input_ids", "labels", "attention_mask", "features"))
-        )
+        ).to(device)
         sums = loss_sum(llava.model, batch, per_sample=True).tolist()
         for k, total in zip(rows, sums, strict=True):
             out[k] = total / len(asked[k].truth)

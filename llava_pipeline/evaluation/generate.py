@@ -33,7 +33,7 @@ def answer(
     cache = DynamicCache(config=model.config.text_config)
     out: list[list[int]] = [[] for _ in prompts]
     running = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    stops = torch.tensor(sorted(stop_ids), device=device)
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
     for _ in range(max_new_tokens):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -embeddings.shape[1] :]
         hidden = model.model.language_model(
@@ -41,8 +41,9 @@ def answer(
         ).last_hidden_state
         chosen = model.lm_head(hidden[:, -1]).argmax(-1)
         running = running & ~torch.isin(chosen, stops)
+        told = chosen.tolist()
         for row in running.nonzero().flatten().tolist():
-            out[row].append(int(chosen[row]))
+            out[row].append(told[row])
         if not running.any():
             break
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)

@@ -8,16 +8,15 @@ of a known kind is counted, any other refuses.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
     CLIPVisionConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -25,6 +24,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from llava_pipeline.backbones.configuration import read_config, read_tokenizer, usable
 from llava_pipeline.backbones.weights import read_gguf, read_state_dict
 from llava_pipeline.contracts import AssembledModel, Backbones, FetchedBackbone
 from llava_pipeline.errors import IncompatibleParts, WeightsMismatch
@@ -60,7 +60,7 @@ def load_language_model(part: FetchedBackbone) -> tuple[Any, PreTrainedTokenizer
     folder = open_artifact(part.files)
     if part.weights.endswith(".gguf"):
         return read_gguf(folder, part.weights)
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder, part.weights, part.origin)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise IncompatibleParts(f"{part.origin} is a {config.model_type}, not a language model; choose another one")
     return config, load_tokenizer(part), read_state_dict(folder / part.weights)
@@ -68,34 +68,36 @@ def load_language_model(part: FetchedBackbone) -> tuple[Any, PreTrainedTokenizer
 
 def load_tokenizer(part: FetchedBackbone) -> PreTrainedTokenizerFast:
     """Tokenizer of a language model; a GGUF holds its own."""
-    folder = open_artifact(part.files)
-    if part.weights.endswith(".gguf"):
-        return AutoTokenizer.from_pretrained(folder, gguf_file=part.weights)
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise IncompatibleParts(
-            f"{part.origin} has no tokenizer that can be read; put the model's tokenizer.json beside its weights"
-        ) from error
+    return read_tokenizer(open_artifact(part.files), part.weights, part.origin)
 
 
 def load_vision_tower(part: FetchedBackbone) -> tuple[CLIPVisionConfig, ImageSettings, State]:
     """Configuration, image settings and weights of a CLIP vision tower; a whole CLIP gives its vision half."""
+    if part.weights.endswith(".gguf"):
+        raise IncompatibleParts(
+            f"{part.origin}: a vision tower is not read from a GGUF file such as {part.weights}; "
+            "name its .safetensors or .bin file as `weights`"
+        )
     folder = open_artifact(part.files)
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder, part.weights, part.origin)
     config = getattr(config, "vision_config", config)
     if not isinstance(config, CLIPVisionConfig):
         raise IncompatibleParts(f"{part.origin} is a {config.model_type}, not a CLIP vision tower; choose another one")
-    return config, image_settings(folder, config.image_size), read_state_dict(folder / part.weights)
+    return config, image_settings(part, config.image_size), read_state_dict(folder / part.weights)
 
 
-def image_settings(folder: Path, side: int) -> ImageSettings:
+def image_settings(part: FetchedBackbone, side: int) -> ImageSettings:
     """Mean and deviation from the image processor's file, CLIP's own where there is none."""
+    folder = open_artifact(part.files)
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).exists():
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
-            content = content.get("image_processor", content)
-            return ImageSettings(side, tuple(content["image_mean"]), tuple(content["image_std"]))
+            with usable(part.origin, name, folder):
+                content = json.loads((folder / name).read_text(encoding="utf-8"))
+                content = content.get("image_processor", content)
+                mean, std = tuple(content["image_mean"]), tuple(content["image_std"])
+                if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+                    raise ValueError(f"image_mean is {mean}, image_std is {std}")
+                return ImageSettings(side, mean, std)
     return ImageSettings(side, CLIP_MEAN, CLIP_STD)
 
 
@@ -178,31 +180,17 @@ def vision_keys(state: State) -> State:
     return {key.removeprefix("vision_model."): value for key, value in state.items()}
 
 
-@torch.no_grad()
-def init_projector(model: LlavaForConditionalGeneration, seed: int) -> None:
-    """The projector's first weights: torch's own for linear layers, scaled so that its output is as large as a word.
+def init_projector(projector: torch.nn.Module, seed: int) -> None:
+    """The projector's first weights: torch's own initialisation of a linear layer, a function of the seed alone.
 
-    The scale is read from the features of a plain picture and from the embedding table, so the weights are a function
-    of the frozen parts and the seed. Unscaled, projected patches were 11 times as large as SmolLM2's words, and what
-    its first layers add to them was lost (docs/decisions.md).
+    Its output is about ten times as large as a word's embedding. Scaled down to a word's size it learned more slowly
+    (docs/decisions.md).
     """
-    projector, table = model.model.multi_modal_projector, model.get_input_embeddings().weight
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for layer in (projector.linear_1, projector.linear_2):
-            layer.reset_parameters()
-    side = model.config.vision_config.image_size
-    layer = model.config.vision_feature_layer
-    features = model.model.vision_tower(torch.zeros(1, 3, side, side), output_hidden_states=True).hidden_states[layer]
-    projector.linear_1.weight /= rms(features)
-    gain = rms(table) / rms(projector(features))
-    projector.linear_2.weight *= gain
-    projector.linear_2.bias *= gain
-
-
-def rms(values: torch.Tensor) -> torch.Tensor:
-    """Root mean square, ()."""
-    return values.float().square().mean().sqrt()
+        for layer in projector.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.reset_parameters()
 
 
 def assemble(backbones: Backbones, spec: ModelSpec) -> Llava:
@@ -216,13 +204,15 @@ def assemble(backbones: Backbones, spec: ModelSpec) -> Llava:
     text_config, tokenizer, text_state = load_language_model(backbones.language_model)
     template = chat_template(spec.chat_template, tokenizer)
     add_tokens(tokenizer, backbones.language_model.origin)
-    config = llava_config(vision_config, text_config, tokenizer, spec)
+    origins = f"{backbones.vision_tower.origin} or {backbones.language_model.origin}"
+    with usable(origins, "config.json"):
+        config = llava_config(vision_config, text_config, tokenizer, spec)
     if not -vision_config.num_hidden_layers - 1 <= spec.vision_feature_layer <= -1:
         raise IncompatibleParts(
             f"model.vision_feature_layer={spec.vision_feature_layer}, but the tower has "
             f"{vision_config.num_hidden_layers} layers"
         )
-    with no_init_weights():
+    with usable(origins, "config.json"), no_init_weights():
         model = LlavaForConditionalGeneration(config)
     model = model.to(torch.float32).eval()
     parts = model.model
@@ -241,7 +231,7 @@ def assemble(backbones: Backbones, spec: ModelSpec) -> Llava:
             )
         head = fit_rows(text_state["lm_head.weight"], len(tokenizer))
         inject(model.lm_head, {"weight": head}, backbones.language_model.origin)
-    init_projector(model, spec.projector_seed)
+    init_projector(parts.multi_modal_projector, spec.projector_seed)
     freeze_backbones(model)
     count = num_image_tokens(vision_config, spec.vision_feature_select_strategy)
     return Llava(model, Processor(tokenizer, template, images, count), ignored)
@@ -285,6 +275,7 @@ def describe(llava: Llava, backbones: Backbones, spec: ModelSpec) -> AssembledMo
         num_trainable=trainable,
         num_frozen=total - trainable,
         frozen_digest=frozen_digest(llava.model),
+        chat_template_digest=hashlib.sha256(llava.processor.template.encode()).hexdigest(),
         num_ignored_weights=llava.num_ignored_weights,
     )
 
@@ -300,5 +291,5 @@ def processor_of(model: AssembledModel) -> Processor:
     tokenizer = load_tokenizer(part)
     template = chat_template(model.spec.chat_template, tokenizer)
     add_tokens(tokenizer, part.origin)
-    images = image_settings(open_artifact(model.backbones.vision_tower.files), model.image_size)
+    images = image_settings(model.backbones.vision_tower, model.image_size)
     return Processor(tokenizer, template, images, model.num_image_tokens)

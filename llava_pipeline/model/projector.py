@@ -14,27 +14,59 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from transformers import LlavaForConditionalGeneration
 
-from llava_pipeline.contracts import AssembledModel
+from llava_pipeline.contracts import AssembledModel, FetchedBackbone
 from llava_pipeline.errors import IncompatibleParts, WeightsMismatch
 
 WEIGHTS, MANIFEST = "projector.safetensors", "manifest.json"
+VISION_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
+LANGUAGE_FILES = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 State = dict[str, torch.Tensor]
 
 
 def identity(model: AssembledModel) -> dict[str, Any]:
-    """What a projector depends on: equal identities can exchange projectors."""
-    parts = {"vision_tower": model.backbones.vision_tower, "language_model": model.backbones.language_model}
+    """What a projector depends on: equal identities can exchange projectors, wherever their parts came from."""
     return {
-        **{name: {"origin": p.origin, "sha256": p.sha256[p.weights]} for name, p in parts.items()},
+        "vision_tower": _digests(model.backbones.vision_tower, VISION_FILES),
+        "language_model": _digests(model.backbones.language_model, LANGUAGE_FILES),
         "vision_feature_layer": model.spec.vision_feature_layer,
         "vision_feature_select_strategy": model.spec.vision_feature_select_strategy,
-        "chat_template": model.spec.chat_template,
+        "chat_template": {"text": model.chat_template_digest},
         "num_image_tokens": model.num_image_tokens,
         "frozen_digest": model.frozen_digest,
     }
+
+
+def _digests(part: FetchedBackbone, files: tuple[str, ...]) -> dict[str, str]:
+    """sha256 of the weights, whatever their file is called, and of those files that the part has."""
+    return {"weights": part.sha256[part.weights]} | {name: part.sha256[name] for name in files if name in part.sha256}
+
+
+def names(model: AssembledModel) -> dict[str, str]:
+    """How people call what the identity has by digest only."""
+    return {
+        "vision_tower": model.backbones.vision_tower.origin,
+        "language_model": model.backbones.language_model.origin,
+        "chat_template": model.spec.chat_template,
+    }
+
+
+def _first_difference(theirs: dict[str, Any], their_names: dict[str, Any], model: AssembledModel) -> str:
+    """What a projector's identity has and the model has not, in words; empty where they are equal."""
+    our_names = names(model)
+    for key, wanted in identity(model).items():
+        found = theirs.get(key)
+        if found == wanted:
+            continue
+        told = f"{key} = {their_names.get(key, found)}, the model has {our_names.get(key, wanted)}"
+        if isinstance(found, dict) and isinstance(wanted, dict):
+            other = [name for name in sorted(found.keys() | wanted.keys()) if found.get(name) != wanted.get(name)]
+            told += f" (different: {', '.join(other)})"
+        return told
+    return ""
 
 
 def state_of(model: LlavaForConditionalGeneration) -> State:
@@ -54,9 +86,11 @@ def digest_of(state: State) -> str:
 
 def save(folder: Path, state: State, model: AssembledModel, facts: dict[str, Any]) -> None:
     """Write both files; ``facts`` (steps, data digests, ...) go into the manifest."""
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    # Written by Python, for safetensors' own writer tells a full disk as no OSError.
+    (folder / WEIGHTS).write_bytes(to_bytes(state, metadata={"format": "pt"}))
     libraries = {name: version(name) for name in ("torch", "transformers", "safetensors")}
-    manifest = {"identity": identity(model), "digest": digest_of(state), "versions": libraries, **facts}
+    known = {"identity": identity(model), "names": names(model), "digest": digest_of(state), "versions": libraries}
+    manifest = known | facts
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -69,17 +103,13 @@ def load(folder: Path, model: AssembledModel) -> State:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        found, digest = dict(manifest["identity"]), str(manifest["digest"])
+        found, found_names = dict(manifest["identity"]), dict(manifest.get("names", {}))
+        digest = str(manifest["digest"])
         state = load_file(folder / WEIGHTS)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise WeightsMismatch(f"the projector in {folder.name} cannot be read ({type(error).__name__})") from error
-    wanted = identity(model)
-    for key, value in wanted.items():
-        if found.get(key) != value:
-            raise IncompatibleParts(
-                f"this projector was trained with {key} = {found.get(key)}, the model has {value}; "
-                "choose the profile it was trained with"
-            )
+    if difference := _first_difference(found, found_names, model):
+        raise IncompatibleParts(f"this projector was trained with {difference}; choose the profile it was trained with")
     if digest_of(state) != digest:
         raise WeightsMismatch("the projector's weights differ from its manifest; fetch it again")
     if not all(torch.isfinite(tensor).all() for tensor in state.values()):

@@ -33,7 +33,7 @@ def answer_about(
     backbones = fetch_backbones(spec.backbones)
     llava = assemble(backbones, spec.model)
     projector.put(llava.model, projector.load(folder, describe(llava, backbones, spec.model)))
-    device = choose_device(spec.training.device)
+    device = choose_device("cpu" if spec.training.device == "cpu" else "auto")  # trained on a card, asked without
     place(llava.model, device, choose_precision(spec.training.precision, device))
     started = time.monotonic()
     told = ask(llava, picture, question, max_new_tokens)

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llava_pipeline.contracts import AskedQuestion, Evaluation, Score, Snapshot, TrainedProjector
 from llava_pipeline.data.picture import load_picture
 from llava_pipeline.data.snapshot import Rows, open_rows
@@ -21,7 +23,7 @@ from llava_pipeline.model.assemble import Llava, load
 from llava_pipeline.progress import bar
 from llava_pipeline.spec import EvaluationSpec
 from llava_pipeline.store import open_artifact, writing
-from llava_pipeline.training.loop import choose_device, choose_precision, place
+from llava_pipeline.training.loop import choose_device, place
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ def evaluate_generations(trained: TrainedProjector, held_out: Snapshot, spec: Ev
     llava = load(trained.model)
     untrained = projector.state_of(llava.model)
     device = choose_device("auto" if not trained.device.startswith("cpu") else "cpu")
-    place(llava.model, device, choose_precision("auto", device))
+    place(llava.model, device, getattr(torch, trained.precision))
     rows = open_rows(held_out.rows)
     conditions = ask_all(llava, rows, trained, untrained, spec)
     scores = {name: score(rows, given) for name, given in conditions.items()}

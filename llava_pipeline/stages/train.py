@@ -29,7 +29,7 @@ def train_projector(model: AssembledModel, data: Snapshot, spec: TrainingSpec) -
     """Train from the assembled model's fresh projector, and keep projector and history.
 
     Raises:
-        Diverged: the loss stopped being a number.
+        Diverged: the loss stopped being a number, or no step could be applied.
         FrozenWeightsChanged: a frozen part differs afterwards; nothing is kept.
     """
     llava = load(model)
@@ -40,9 +40,10 @@ def train_projector(model: AssembledModel, data: Snapshot, spec: TrainingSpec) -
     started = time.monotonic()
     samples = prepare(llava, open_rows(data.rows))
     records = run(llava, samples, spec)
-    if frozen_digest(llava.model) != before:
-        raise FrozenWeightsChanged("a frozen part changed during training; this is a defect, please report it")
     seconds = time.monotonic() - started
+    after = frozen_digest(llava.model)
+    if after != before:
+        raise FrozenWeightsChanged("a frozen part changed during training; this is a defect, please report it")
     with writing("history") as (folder, history):
         (folder / "history.jsonl").write_text("".join(json.dumps(r.as_json()) + "\n" for r in records))
     with writing("projector") as (folder, trained):
@@ -57,17 +58,8 @@ def train_projector(model: AssembledModel, data: Snapshot, spec: TrainingSpec) -
         num_samples=sum(r.num_samples for r in records), num_skipped_steps=sum(r.skipped for r in records),
         final_loss=last_mean(records), seconds=seconds, device=device_name(device),
         precision=str(precision).removeprefix("torch."), peak_memory_bytes=peak_memory(device),
-        frozen_digest_after=digest_as_assembled(llava, before, model.frozen_digest),
+        frozen_digest_before=before, frozen_digest_after=after,
     )  # fmt: skip
-
-
-def digest_as_assembled(llava: Llava, placed: str, assembled: str) -> str:
-    """The digest after training, told in the assembled model's precision.
-
-    Frozen parts that were rounded for training cannot be unrounded; that they are bit for bit what they were when
-    they were placed was checked, so the assembled digest stands.
-    """
-    return frozen_digest(llava.model) if llava.model.dtype == torch.float32 else assembled
 
 
 def prepare(llava: Llava, rows: Rows) -> Samples:
@@ -92,8 +84,8 @@ def run(llava: Llava, samples: Samples, spec: TrainingSpec) -> list[StepRecord]:
 
 
 def last_mean(records: list[StepRecord], window: int = 20) -> float:
-    """Mean loss of the last steps: one step alone says little."""
-    losses = [record.loss for record in records[-window:] if not record.skipped]
+    """Mean loss of the last steps that were applied: one step alone says little."""
+    losses = [record.loss for record in records if not record.skipped][-window:]
     return sum(losses) / len(losses) if losses else float("nan")
 
 

@@ -149,7 +149,7 @@ def tags_of_spec(spec: RunSpec) -> dict[str, str]:
 def tags_of_evaluation(evaluation: Evaluation) -> dict[str, str]:
     """Digests of everything that went in and came out."""
     trained = evaluation.projector
-    before, after = trained.model.frozen_digest, trained.frozen_digest_after
+    before, after = trained.frozen_digest_before, trained.frozen_digest_after
     return {
         "llava.frozen_digest_before": before,
         "llava.frozen_digest_after": after,

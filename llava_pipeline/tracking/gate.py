@@ -56,7 +56,7 @@ def decide(evaluation: Evaluation, champion: ChampionScores | None, gate: GateSe
 
 
 def _frozen_weights_unchanged(evaluation: Evaluation) -> Rule:
-    before, after = evaluation.projector.model.frozen_digest, evaluation.projector.frozen_digest_after
+    before, after = evaluation.projector.frozen_digest_before, evaluation.projector.frozen_digest_after
     return Rule(
         name="frozen_weights_unchanged",
         passed=before == after,

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from llava_pipeline.errors import Diverged
+from llava_pipeline.errors import Diverged, SpecError
 from llava_pipeline.spec import TrainingSpec
 from llava_pipeline.training.schedule import learning_rate
 from llava_pipeline.training.step import Batch, collate, loss_sum
 
-MAX_SKIPPED_IN_A_ROW = 5
+MAX_BAD_IN_A_ROW = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,8 @@ class Samples:
     def batch(self, indices: list[int], device: torch.device) -> Batch:
         """A padded batch of these samples on a device."""
         features = self.features[[self.image[k] for k in indices]]
-        batch = collate(
-            [self.input_ids[k] for k in indices], [self.labels[k] for k in indices], features, self.pad_token_id
-        )
-        return Batch(
-            *(getattr(batch, name).to(device) for name in ("input_ids", "labels", "attention_mask", "features"))
-        )
+        input_ids, labels = [self.input_ids[k] for k in indices], [self.labels[k] for k in indices]
+        return collate(input_ids, labels, features, self.pad_token_id).to(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,37 +73,56 @@ def sample_indices(num_samples: int, seed: int, start: int, count: int) -> list[
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` takes a GPU where there is one."""
+    """``auto`` takes a GPU where there is one.
+
+    Raises:
+        SpecError: a GPU was asked for, and there is none.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SpecError(
+            f"training.device=cuda, but torch {torch.__version__} finds no card on this machine; set "
+            "training.device=auto, or install a driver and a CUDA build of torch"
+        )
     return torch.device(name)
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """Of the frozen parts; the projector and its optimizer stay in float32."""
-    if name == "auto":
-        name = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    """Of the frozen parts; the projector and its optimizer stay in float32.
+
+    ``auto`` takes bf16 only where the card computes in it: a T4 emulates it, slowly, and gets fp16.
+    """
+    if name == "auto" and device.type == "cpu":
+        name = "fp32"
+    elif name == "auto":
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 def place(model: LlavaForConditionalGeneration, device: torch.device, precision: torch.dtype) -> None:
-    """Frozen parts to their precision, the projector in float32, all on the device."""
-    model.to(device=device, dtype=precision)
-    model.model.multi_modal_projector.to(torch.float32)
+    """Frozen weights in their precision, the projector and all buffers in float32, everything on the device.
+
+    Rounded rotary frequencies would turn later tokens by angles that are wrong in proportion to their position.
+    """
+    for part in (model.model.vision_tower, model.model.language_model, model.lm_head):
+        for parameter in part.parameters():
+            parameter.data = parameter.data.to(device, precision)
+    model.to(device)
 
 
 def train(model: LlavaForConditionalGeneration, samples: Samples, spec: TrainingSpec) -> Iterator[StepRecord]:
     """Train the projector of a placed model in place, one record per optimizer step.
 
     Raises:
-        Diverged: five steps in a row had a loss or a gradient that is no number; nothing of them was applied.
+        Diverged: five steps in a row had a loss or a gradient that is no number, or no step at all could be applied.
     """
     projector = list(model.model.multi_modal_projector.parameters())
     device = projector[0].device
-    optimizer = torch.optim.AdamW(projector, lr=spec.learning_rate, betas=(0.9, 0.98), weight_decay=spec.weight_decay)
+    optimizer = torch.optim.AdamW(projector, lr=spec.learning_rate, betas=spec.betas, weight_decay=spec.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
     per_step = spec.batch_size * spec.accumulation
-    skipped_in_a_row = 0
+    num_applied = bad_in_a_row = 0
     for step in range(spec.max_steps):
         started = time.monotonic()
         rate = learning_rate(step, spec.max_steps, spec.learning_rate, spec.min_learning_rate, spec.warmup_share)
@@ -118,21 +133,29 @@ def train(model: LlavaForConditionalGeneration, samples: Samples, spec: Training
         scaler.unscale_(optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(projector, spec.max_grad_norm))
         skip = not (math.isfinite(total) and math.isfinite(norm))
-        skipped_in_a_row = skipped_in_a_row + 1 if skip else 0
+        # A loss scale that was too large is halved after the step: no fault of the training until none is left.
+        bad = skip and (not math.isfinite(total) or scaler.get_scale() <= 1)
+        bad_in_a_row = bad_in_a_row + 1 if bad else 0
         if not skip:
             scaler.step(optimizer)
+            num_applied += 1
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         yield StepRecord(
             step + 1, total / num_supervised, rate, norm, num_tokens, num_supervised, per_step,
             time.monotonic() - started, skip,
         )  # fmt: skip
-        if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        if bad_in_a_row >= MAX_BAD_IN_A_ROW:
             raise Diverged(
                 f"loss {total / num_supervised:.3g} and gradient norm {norm:.3g} at step {step + 1}, the "
-                f"{MAX_SKIPPED_IN_A_ROW}th in a row that is no number; lower training.learning_rate "
+                f"{MAX_BAD_IN_A_ROW}th in a row that is no number; lower training.learning_rate "
                 f"({spec.learning_rate}) or set training.precision=fp32"
             )
+    if num_applied == 0:
+        raise Diverged(
+            f"none of {spec.max_steps} steps had a loss and a gradient that are numbers, so nothing was learned; "
+            "raise training.max_steps or set training.precision=fp32"
+        )
 
 
 def accumulate(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from transformers import LlavaForConditionalGeneration
 
-IGNORE_INDEX = -100
+from llava_pipeline.model.processor import IGNORE_INDEX
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,15 @@ class Batch:
     def num_labels(self) -> int:
         """Supervised tokens: those that are predicted, so not the first of a row."""
         return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        return Batch(
+            self.input_ids.to(device),
+            self.labels.to(device),
+            self.attention_mask.to(device),
+            self.features.to(device),
+        )
 
 
 @torch.no_grad()

@@ -123,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._resolve(match[1], match[2], match[3], body)
         elif match := re.fullmatch(r"/storage/([^/]+/[^/]+)/(.+)", path):
             self._send_file(self.hub.repositories[match[1]][1][match[2]], match[2], {}, body)
-        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
+        elif match := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
             self._describe(match[1], match[2], match[3])
         else:
             self._refuse(404, {})

@@ -11,7 +11,7 @@ import pytest
 from llava_pipeline import store
 from llava_pipeline.backbones.fetch import fetch
 from llava_pipeline.backbones.weights import read_state_dict
-from llava_pipeline.errors import BackboneUnavailable, SpecError
+from llava_pipeline.errors import NotFound, SpecError
 from llava_pipeline.spec import EmbeddedBackbone, FolderBackbone, HubBackbone, RandomBackbone
 from tests.backbones.conftest import REVISION
 
@@ -79,7 +79,7 @@ def test_a_folder_that_is_no_part_is_told(tmp_path: Path, names: list[str], mess
     (tmp_path / "mine").mkdir()
     for name in names:
         (tmp_path / "mine" / name).write_text("")
-    with pytest.raises(BackboneUnavailable, match=message):
+    with pytest.raises(NotFound, match=message):
         fetch(FolderBackbone(path=str(tmp_path / "mine")), None, 0)
 
 
@@ -89,7 +89,7 @@ def test_a_gguf_needs_no_configuration_beside_it(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
-    with pytest.raises(BackboneUnavailable, match=r"there is no folder .*nowhere"):
+    with pytest.raises(NotFound, match=r"there is no folder .*nowhere"):
         fetch(FolderBackbone(path=str(tmp_path / "nowhere")), None, 0)
 
 
@@ -116,14 +116,14 @@ def test_the_pinned_snapshot_of_a_source_is_preferred(tmp_path: Path) -> None:
 
 def test_a_source_without_the_part_names_the_places_looked_at(tmp_path: Path) -> None:
     snapshots = f"models--owner--name/snapshots/{REVISION}"
-    with pytest.raises(BackboneUnavailable, match=f"looked for owner/name, name, {snapshots}: put"):
+    with pytest.raises(NotFound, match=f"looked for owner/name, name, {snapshots}: put"):
         fetch(HUB_PART, str(tmp_path), 0)
 
 
 def test_two_snapshots_without_the_pinned_one_are_not_guessed_from(tmp_path: Path) -> None:
     for name in ("one", "two"):
         a_folder(tmp_path / "models--owner--name" / "snapshots" / name)
-    with pytest.raises(BackboneUnavailable, match="looked for"):
+    with pytest.raises(NotFound, match="looked for"):
         fetch(HUB_PART, str(tmp_path), 0)
 
 

@@ -13,7 +13,7 @@ import pytest
 from llava_pipeline import store
 from llava_pipeline.backbones import hub as hub_module
 from llava_pipeline.backbones.fetch import fetch
-from llava_pipeline.errors import BackboneUnavailable, DigestMismatch, DiskFull
+from llava_pipeline.errors import BackboneUnavailable, DigestMismatch, DiskFull, LlavaPipelineError, NotFound
 from llava_pipeline.spec import HubBackbone
 from tests.backbones.conftest import REVISION, repository_files
 from tests.backbones.hub import Fault, Hub
@@ -136,20 +136,31 @@ def test_a_storage_that_comes_back_is_used(hub: Hub) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "kind", "message"),
     [
-        ({"repo_id": "owner/nothing"}, "has no public owner/nothing"),
-        ({"revision": "f" * 40}, "has no commit f{40}"),
-        ({"weights": "model.gguf", "sha256": {}}, r"has no model\.gguf"),
-        ({"repo_id": "owner/locked"}, "gated; accept its terms"),
+        ({"repo_id": "owner/nothing"}, NotFound, "has no public owner/nothing"),
+        ({"revision": "f" * 40}, NotFound, "has no commit f{40}"),
+        ({"weights": "model.gguf", "sha256": {}}, NotFound, r"has no model\.gguf"),
+        ({"repo_id": "owner/locked"}, BackboneUnavailable, "gated; accept its terms"),
     ],
 )
-def test_a_final_refusal_is_not_repeated(hub: Hub, changes: dict[str, object], message: str) -> None:
+def test_a_final_refusal_is_not_repeated(
+    hub: Hub, changes: dict[str, object], kind: type[LlavaPipelineError], message: str
+) -> None:
     hub.gated.add("owner/locked")
     started = time.monotonic()
-    with pytest.raises(BackboneUnavailable, match=message):
+    with pytest.raises(kind, match=message):
         fetch(a_part(**changes), None, 30)
     assert time.monotonic() - started < 5
+
+
+def test_offline_with_nothing_cached_is_told_at_once(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    started = time.monotonic()
+    with pytest.raises(BackboneUnavailable, match=r"not in the cache at .* and HF_HUB_OFFLINE is set; unset it, or"):
+        fetch(a_part(), None, 30)
+    assert time.monotonic() - started < 5
+    assert hub.requests == []
 
 
 def test_a_forbidden_file_is_a_final_refusal(hub: Hub) -> None:
@@ -196,14 +207,14 @@ def test_a_truncated_download_never_enters_the_store(hub: Hub, home: Path, tmp_p
 
 
 def test_a_pinned_file_the_repository_lacks_is_told(hub: Hub) -> None:
-    with pytest.raises(BackboneUnavailable, match=r"has no preprocessor_config\.json"):
+    with pytest.raises(NotFound, match=r"has no preprocessor_config\.json"):
         fetch(a_part(sha256={"preprocessor_config.json": "0" * 64}), None, 0)
 
 
 @pytest.mark.parametrize(
     ("number", "kind", "message"),
     [
-        (errno.ENOSPC, DiskFull, "set HF_HOME to a larger disk"),
+        (errno.ENOSPC, DiskFull, "point HF_HOME at a larger disk"),
         (errno.EROFS, BackboneUnavailable, "HF_HOME to a folder that can be written"),
     ],
 )

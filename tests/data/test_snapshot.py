@@ -169,7 +169,7 @@ def test_nothing_to_learn_where_every_row_was_refused(processor: Processor, mute
 
 
 def test_a_source_without_rows_is_told(processor: Processor) -> None:
-    with pytest.raises(SourceUnavailable, match=r"rows/train has no rows; check data\.source"):
+    with pytest.raises(NothingToLearn, match=r"rows/train has no rows; check data\.source"):
         taken([], processor)
 
 
@@ -184,7 +184,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 @pytest.mark.parametrize(
     ("rows", "error"),
     [
-        ([], SourceUnavailable),
+        ([], NothingToLearn),
         (BAD["empty_turn"], NothingToLearn),
         ([*good_rows(1), *BAD["empty_turn"]], TooManyRejected),
         (breaks_off(SourceUnavailable("the hub went away")), SourceUnavailable),

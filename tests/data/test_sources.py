@@ -21,7 +21,7 @@ from llava_pipeline.data.checks import STRUCTURE
 from llava_pipeline.data.images import decode
 from llava_pipeline.data.record import Record, Row, normalise
 from llava_pipeline.data.sources import stream
-from llava_pipeline.errors import SourceUnavailable
+from llava_pipeline.errors import NotFound, SourceUnavailable
 from llava_pipeline.spec import EasyVqaSource, HubSource, ScenesSource
 from tests.data.rows import a_picture
 
@@ -110,7 +110,7 @@ def test_a_wheel_of_something_else_is_told(home: Path) -> None:
     with zipfile.ZipFile(buffer, "w") as wheel:
         wheel.writestr("something/else.json", "[]")
     _, rows = stream(kept(home, buffer.getvalue()), "train")
-    with pytest.raises(SourceUnavailable, match=r"holds no easy_vqa/data/train/questions\.json; correct data\.source"):
+    with pytest.raises(NotFound, match=r"holds no easy_vqa/data/train/questions\.json; correct data\.source"):
         next(rows)
 
 
@@ -198,11 +198,26 @@ def test_shards_that_datasets_wrote_are_read_alike(tmp_path: Path) -> None:
     assert decode(record.images[0]).getpixel((0, 0)) == (1, 2, 3)
 
 
+@pytest.mark.parametrize("below", [".", "data"])
+def test_shards_are_found_under_the_hub_s_names(tmp_path: Path, below: str) -> None:
+    folder = tmp_path / "owner" / "name"
+    for number in range(2):
+        shard(folder / below / f"train-{number:05}-of-00002-9f3c1e7d2b5a4c68.parquet", [vsft_row(number)])
+    for name in ("train_prefs-00000-of-00001", "trainings", "test-00000-of-00001-0a1b2c3d4e5f6a7b"):
+        shard(folder / below / f"{name}.parquet", [vsft_row(9)])
+    origin, rows = stream(from_folder(folder), "train")
+    assert origin == "folder:name/train"
+    assert [record.pairs[0][1] for record in sound(list(rows))] == ["number 0", "number 1"]
+    assert [record.pairs[0][1] for record in sound(list(stream(from_folder(folder), "test")[1]))] == ["number 9"]
+
+
 @pytest.mark.parametrize("folder", ["missing", "empty", "test-only"])
 def test_a_folder_without_shards_of_the_split_is_told(tmp_path: Path, folder: str) -> None:
     (tmp_path / "empty").mkdir()
     shard(tmp_path / "test-only" / "test-0.parquet", [vsft_row(0)])
-    with pytest.raises(SourceUnavailable, match=rf"no train\*\.parquet in .*{folder}; check data\.source\.path"):
+    with pytest.raises(
+        NotFound, match=rf"no train-\*\.parquet in .*{folder} or in its folder data; check data\.source"
+    ):
         stream(from_folder(tmp_path / folder), "train")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from llava_pipeline.errors import IncompatibleParts, WeightsMismatch
 from llava_pipeline.model import projector
 from llava_pipeline.model.assemble import Llava
 from llava_pipeline.model.freeze import frozen_digest
+from tests.tiny import SPEC
 
 FACTS = {"num_steps": 350, "train_digest": "d" * 64}
 
@@ -64,47 +66,108 @@ def test_a_state_is_a_copy_in_full_precision(llava: Llava) -> None:
     assert projector.digest_of(state) == digest
 
 
-def test_the_manifest_names_all_it_depends_on(saved: Path, assembled: AssembledModel) -> None:
+def test_the_manifest_names_all_it_depends_on(saved: Path, assembled: AssembledModel, shared: Llava) -> None:
     manifest = json.loads((saved / projector.MANIFEST).read_text())
     parts = assembled.backbones
+    tower, language = parts.vision_tower.sha256, parts.language_model.sha256
     assert manifest["identity"] == {
-        "vision_tower": {"origin": parts.vision_tower.origin, "sha256": parts.vision_tower.sha256["model.safetensors"]},
+        "vision_tower": {
+            "weights": tower["model.safetensors"],
+            "config.json": tower["config.json"],
+            "preprocessor_config.json": tower["preprocessor_config.json"],
+        },
         "language_model": {
-            "origin": parts.language_model.origin,
-            "sha256": parts.language_model.sha256["model.safetensors"],
+            "weights": language["model.safetensors"],
+            "config.json": language["config.json"],
+            "tokenizer.json": language["tokenizer.json"],
+            "tokenizer_config.json": language["tokenizer_config.json"],
         },
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",
-        "chat_template": "native",
+        "chat_template": {"text": hashlib.sha256(shared.processor.template.encode()).hexdigest()},
         "num_image_tokens": assembled.num_image_tokens,
         "frozen_digest": assembled.frozen_digest,
     }
-    assert manifest.keys() == {"identity", "digest", "versions", *FACTS}
+    assert manifest["names"] == {
+        "vision_tower": "random:pocket/vision_tower#0",
+        "language_model": "random:pocket/language_model#0",
+        "chat_template": "native",
+    }
+    assert manifest.keys() == {"identity", "names", "digest", "versions", *FACTS}
     assert {key: manifest[key] for key in FACTS} == FACTS
     assert manifest["versions"]["torch"] == torch.__version__
 
 
+def with_part(model: AssembledModel, which: str, origin: str, changed: str | None = None) -> AssembledModel:
+    """The model with a part from elsewhere, one file of it changed."""
+    part = getattr(model.backbones, which)
+    digests = part.sha256 | ({changed: "0" * 64} if changed else {})
+    other = part.model_copy(update={"origin": origin, "sha256": digests})
+    return model.model_copy(update={"backbones": model.backbones.model_copy(update={which: other})})
+
+
 @pytest.mark.parametrize(
-    ("change", "first"),
+    ("change", "told"),
     [
-        (lambda m: {"spec": m.spec.model_copy(update={"chat_template": "llava"})}, "chat_template"),
-        (lambda m: {"spec": m.spec.model_copy(update={"vision_feature_layer": -1})}, "vision_feature_layer"),
-        (lambda m: {"frozen_digest": "0" * 64}, "frozen_digest"),
-        (lambda m: {"num_image_tokens": 49, "frozen_digest": "0" * 64}, "num_image_tokens"),
+        ({"num_image_tokens": 49, "frozen_digest": "0" * 64}, "num_image_tokens = 4, the model has 49;"),
+        ({"spec": SPEC.model.model_copy(update={"vision_feature_layer": -1})}, "layer = -2, the model has -1;"),
         (
-            lambda m: {"backbones": m.backbones.model_copy(update={"language_model": m.backbones.vision_tower})},
-            "language_model",
+            {"spec": SPEC.model.model_copy(update={"chat_template": "llava"}), "chat_template_digest": "0" * 64},
+            "chat_template = native, the model has llava (different: text);",
         ),
+        ({"chat_template_digest": "0" * 64}, "chat_template = native, the model has native (different: text);"),
     ],
 )
 def test_another_model_is_refused_with_the_first_difference(
-    saved: Path, assembled: AssembledModel, change: Callable[[AssembledModel], dict[str, Any]], first: str
+    saved: Path, assembled: AssembledModel, change: dict[str, Any], told: str
 ) -> None:
-    other = assembled.model_copy(update=change(assembled))
-    found, wanted = (projector.identity(model)[first] for model in (assembled, other))
     with pytest.raises(IncompatibleParts) as error:
-        projector.load(saved, other)
-    assert f"trained with {first} = {found}, the model has {wanted}; choose the profile" in str(error.value)
+        projector.load(saved, assembled.model_copy(update=change))
+    assert str(error.value).startswith("this projector was trained with ")
+    assert f"{told} choose the profile it was trained with" in str(error.value)
+
+
+def test_other_frozen_weights_are_refused(saved: Path, assembled: AssembledModel) -> None:
+    with pytest.raises(IncompatibleParts, match=f"frozen_digest = {assembled.frozen_digest}, the model has 0000"):
+        projector.load(saved, assembled.model_copy(update={"frozen_digest": "0" * 64}))
+
+
+@pytest.mark.parametrize(
+    ("which", "changed", "called"),
+    [
+        ("vision_tower", "model.safetensors", "weights"),
+        ("vision_tower", "config.json", "config.json"),
+        ("vision_tower", "preprocessor_config.json", "preprocessor_config.json"),
+        ("language_model", "model.safetensors", "weights"),
+        ("language_model", "config.json", "config.json"),
+        ("language_model", "tokenizer.json", "tokenizer.json"),
+        ("language_model", "tokenizer.model", "tokenizer.model"),
+    ],
+)
+def test_a_part_with_one_other_file_is_refused_by_its_name(
+    saved: Path, assembled: AssembledModel, which: str, changed: str, called: str
+) -> None:
+    with pytest.raises(IncompatibleParts) as error:
+        projector.load(saved, with_part(assembled, which, "folder:mine", changed))
+    told = f"{which} = random:pocket/{which}#0, the model has folder:mine (different: {called}); choose the profile"
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize("changed", [None, "generation_config.json"])
+def test_the_same_files_from_elsewhere_are_the_same_part(
+    saved: Path, assembled: AssembledModel, changed: str | None
+) -> None:
+    assert projector.load(saved, with_part(assembled, "language_model", "folder:mine", changed))
+
+
+def test_a_projector_from_before_the_names_is_refused_not_damaged(saved: Path, assembled: AssembledModel) -> None:
+    def age(content: dict[str, Any]) -> None:
+        del content["names"]
+        content["identity"]["vision_tower"] = {"origin": "embedded:pocket/vision_tower", "sha256": "0" * 64}
+
+    rewrite(saved, age)
+    with pytest.raises(IncompatibleParts, match=r"vision_tower = .*embedded:pocket/vision_tower"):
+        projector.load(saved, assembled)
 
 
 @pytest.mark.parametrize("name", [projector.WEIGHTS, projector.MANIFEST])

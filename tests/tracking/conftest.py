@@ -101,6 +101,7 @@ def build_evaluation(
     loss_shuffled: float | None = 1.5,
     final_loss: float = 0.25,
     held_out: str = "d",
+    frozen_before: str = "f",
     frozen_after: str = "f",
     weights: bytes = b"weights",
     num_steps: int = NUM_STEPS,
@@ -120,6 +121,7 @@ def build_evaluation(
         device="cpu",
         precision="float32",
         peak_memory_bytes=1 << 20,
+        frozen_digest_before=frozen_before * 64,
         frozen_digest_after=frozen_after * 64,
     )
     return Evaluation(
@@ -151,6 +153,7 @@ def _model() -> AssembledModel:
         num_trainable=100,
         num_frozen=1_000,
         frozen_digest="f" * 64,
+        chat_template_digest="e" * 64,
         num_ignored_weights={},
     )
 

@@ -37,6 +37,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None, set[str]]] = {
     "untrained equal": ({"untrained": 0.9}, {}, {"better_than_untrained"}),
     "blind equal": ({"blind": 0.9}, {}, {"better_than_blind"}),
     "blind just too close": ({"blind": 0.881}, {}, {"better_than_blind"}),
+    "trained in half precision": ({"frozen_before": "e", "frozen_after": "e"}, {}, set()),
     "frozen weights changed": ({"frozen_after": "e"}, {}, {"frozen_weights_unchanged"}),
     "training loss NaN": ({"final_loss": NAN}, {}, {"loss_is_finite"}),
     "training loss infinite": ({"final_loss": math.inf}, {}, {"loss_is_finite"}),

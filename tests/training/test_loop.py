@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -14,12 +15,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from llava_pipeline.errors import Diverged
+from llava_pipeline.errors import Diverged, SpecError
 from llava_pipeline.model.assemble import Llava
 from llava_pipeline.model.freeze import frozen_digest
+from llava_pipeline.model.processor import IGNORE_INDEX
 from llava_pipeline.model.projector import digest_of, state_of
-from llava_pipeline.spec import TrainingSpec
+from llava_pipeline.spec import TrainingSpec, load_spec, profile_names
 from llava_pipeline.training.loop import (
     Samples,
     StepRecord,
@@ -30,7 +33,6 @@ from llava_pipeline.training.loop import (
     sample_indices,
     train,
 )
-from llava_pipeline.training.step import IGNORE_INDEX
 from tests.tiny import samples_of
 
 CPU = torch.device("cpu")
@@ -105,6 +107,62 @@ def test_the_projector_stays_in_full_precision(llava: Llava) -> None:
     assert {p.dtype for p in parts.multi_modal_projector.parameters()} == {torch.float32}
     frozen = [*parts.vision_tower.parameters(), *parts.language_model.parameters(), *llava.model.lm_head.parameters()]
     assert {p.dtype for p in frozen} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_frequencies_and_other_buffers_are_not_rounded(llava: Llava, precision: torch.dtype) -> None:
+    before = {name: buffer.clone() for name, buffer in llava.model.named_buffers()}
+    assert {name.rsplit(".", 1)[-1] for name in before} >= {"inv_freq", "original_inv_freq"}
+    place(llava.model, CPU, precision)
+    for name, buffer in llava.model.named_buffers():
+        assert buffer.dtype == before[name].dtype, name
+        assert torch.equal(buffer, before[name]), name
+
+
+def test_placing_rounds_no_projector_and_keeps_the_head_tied(llava: Llava) -> None:
+    before = digest_of(state_of(llava.model))
+    place(llava.model, CPU, torch.bfloat16)
+    assert digest_of(state_of(llava.model)) == before
+    assert llava.model.lm_head.weight is llava.model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize(
+    ("computes", "emulates", "expected"),
+    [(True, True, torch.bfloat16), (False, True, torch.float16), (False, False, torch.float16)],
+)
+def test_a_card_that_only_emulates_bf16_trains_in_fp16(
+    monkeypatch: pytest.MonkeyPatch, computes: bool, emulates: bool, expected: torch.dtype
+) -> None:
+    def is_bf16_supported(including_emulation: bool = True) -> bool:
+        return computes or (including_emulation and emulates)
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    assert choose_precision("auto", torch.device("cuda")) == expected
+
+
+def test_a_card_that_is_not_there_is_told_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == CPU
+    with pytest.raises(SpecError, match=r"but torch .* finds no card .* set training\.device=auto"):
+        choose_device("cuda")
+
+
+def test_the_optimizer_has_the_betas_of_the_spec(llava: Llava) -> None:
+    assert a_spec().betas == (0.9, 0.999)
+    assert run(llava, a_spec())[1] == run(llava, a_spec(betas=(0.9, 0.999)))[1]
+    assert run(llava, a_spec())[1] != run(llava, a_spec(betas=(0.9, 0.98)))[1]
+
+
+@pytest.mark.parametrize("betas", [(1.0, 0.9), (0.9, 1.0), (-0.1, 0.9), (0.9,), (0.9, 0.98, 0.9)])
+def test_betas_that_are_none_are_refused(betas: tuple[float, ...]) -> None:
+    with pytest.raises(ValidationError, match="betas"):
+        a_spec(betas=betas)
+
+
+@pytest.mark.parametrize("profile", profile_names())
+def test_the_seeds_recipes_have_torchs_betas(profile: str) -> None:
+    expected = (0.9, 0.999) if profile.startswith("budget") else (0.9, 0.98)
+    assert load_spec(profile).training.betas == expected
 
 
 def test_a_cpu_trains_in_full_precision_unless_told() -> None:
@@ -227,9 +285,47 @@ def test_five_in_a_row_stop_the_training_with_a_remedy(llava: Llava) -> None:
     assert "lower training.learning_rate (0.01) or set training.precision=fp32" in str(error.value)
 
 
-def test_four_in_a_row_do_not(llava: Llava) -> None:
-    records, _ = run(llava, a_spec(max_steps=4), with_bad_pictures(llava, [0, 1, 2]))
-    assert [record.skipped for record in records] == [True] * 4
+def test_four_in_a_row_do_not_stop_it(llava: Llava) -> None:
+    records: list[StepRecord] = []
+    broken = llava.model.model.multi_modal_projector.linear_2.bias.register_hook(lambda gradient: gradient * math.nan)
+    for record in train(llava.model, samples_of(llava), a_spec(max_steps=6)):
+        records.append(record)
+        if record.step == 4:
+            broken.remove()
+    assert [record.skipped for record in records] == [True] * 4 + [False] * 2
+
+
+@pytest.mark.parametrize("max_steps", [1, 4])
+def test_a_training_that_applied_nothing_has_diverged(llava: Llava, max_steps: int) -> None:
+    with pytest.raises(Diverged, match=f"none of {max_steps} steps .* nothing was learned; raise training.max_steps"):
+        run(llava, a_spec(max_steps=max_steps), with_bad_pictures(llava, [0, 1, 2]))
+
+
+# --------------------------------------------------------------------------------------------- the scale of the loss
+
+
+def test_a_scale_that_is_too_large_is_lowered_and_stops_nothing(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**40))
+    records, _ = run(llava, a_spec(max_steps=40, precision="fp16"))
+    skipped = [record.skipped for record in records]
+    num_skipped = sum(skipped)
+    assert 5 < num_skipped < 40
+    assert skipped == [True] * num_skipped + [False] * (40 - num_skipped)
+    assert all(math.isfinite(record.loss) for record in records)
+
+
+def test_a_gradient_that_no_scale_can_mend_stops_the_training(llava: Llava) -> None:
+    place(llava.model, CPU, torch.float16)
+    llava.model.model.multi_modal_projector.linear_2.bias.register_hook(lambda gradient: gradient * math.nan)
+    records: list[StepRecord] = []
+    with pytest.raises(Diverged, match="gradient norm nan at step 21, the 5th in a row"):
+        records.extend(train(llava.model, samples_of(llava), a_spec(max_steps=40)))
+    assert len(records) == 16 + 5  # from 65536 to 1 by halves, and five more
+
+
+def test_a_loss_that_is_no_number_is_no_matter_of_scale(llava: Llava) -> None:
+    with pytest.raises(Diverged, match="at step 5, the 5th in a row"):
+        run(llava, a_spec(max_steps=20, precision="fp16"), with_bad_pictures(llava, [0, 1, 2]))
 
 
 def test_nor_do_many_that_are_not_in_a_row(llava: Llava) -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from llava_pipeline.model.assemble import Llava
+from llava_pipeline.model.processor import IGNORE_INDEX
 from llava_pipeline.training.loop import Samples, accumulate
-from llava_pipeline.training.step import IGNORE_INDEX, Batch, collate, embed, loss_sum, tower_features
+from llava_pipeline.training.step import Batch, collate, embed, loss_sum, tower_features
 from tests.tiny import pictures, samples_of
 
 CPU = torch.device("cpu")
