@@ -317,7 +317,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, card: dict) -> None:
-    """Half-precision safetensors, configuration and tokenizer in the layout of the hub; the card with the digest last."""
+    """Half-precision safetensors, configuration and tokenizer in the layout of the hub; the card last."""
     copy.deepcopy(model).half().save_pretrained(out)
     tokenizer.save_pretrained(out)
     write_card(out, card)

@@ -67,7 +67,7 @@ def run(
 def demo(
     profile: Profile = "pocket",
     overrides: Overrides = [],  # noqa: B006
-    folder: Annotated[Path, typer.Option("--folder", help="Where the two pictures go.")] = Path("demo"),
+    folder: Annotated[Path, typer.Option("--folder", help="Where the pictures go.")] = Path("demo"),
     as_json: AsJson = False,
 ) -> None:
     """Run the pipeline and leave its pictures where you can look at them."""
@@ -145,7 +145,8 @@ def save_pictures(run_id: str, folder: Path) -> list[Path]:
     from llava_pipeline.tracking.registry import download_files
     from llava_pipeline.tracking.settings import load_settings
 
-    return download_files(run_id, ("evaluation/grid.png", "evaluation/loss.png"), folder, load_settings())
+    names = ("evaluation/grid.png", "evaluation/loss.png", "evaluation/example.png")
+    return download_files(run_id, names, folder, load_settings())
 
 
 def debugging() -> bool:
@@ -179,13 +180,10 @@ def main() -> None:
         sys.exit(report(str(error), error, error.exit_code))
     except Exception as error:
         text = " ".join(str(error).split())[:500]
-        sys.exit(
-            report(
-                f"unexpected {type(error).__name__}: {text}; run again as `llava-pipeline --debug ...` for the stack trace",
-                error,
-                1,
-            )
+        told = (
+            f"unexpected {type(error).__name__}: {text}; run again as `llava-pipeline --debug ...` for the stack trace"
         )
+        sys.exit(report(told, error, 1))
 
 
 def report(message: str, error: BaseException, exit_code: int) -> int:

@@ -68,6 +68,11 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
+def number(value: float | None) -> str:
+    """``0.067``, or a dash for what is no number."""
+    return "-" if value is None else f"{value:.3f}"
+
+
 def result(row: dict[str, Any]) -> None:
     """A run's scores by kind and condition, and what the gate said."""
     console, metrics, verdict = Console(), row["metrics"], row["verdict"]
@@ -85,8 +90,8 @@ def result(row: dict[str, Any]) -> None:
         f"{params['num_trainable']:,} of {params['num_total']:,} parameters were trained; "
         f"the frozen ones are unchanged: {'yes' if row['frozen_digests_equal'] else 'NO'}.\n"
         f"Training took {duration(metrics['train/seconds'])} on {row['device']}, "
-        f"loss {metrics['train/final_loss']:.3f}; "
-        f"held-out loss {metrics['eval/loss']:.3f}, with shuffled pictures {metrics['eval/loss_shuffled']:.3f}.",
+        f"loss {number(metrics['train/final_loss'])}; "
+        f"held-out loss {number(metrics['eval/loss'])}, with shuffled pictures {number(metrics['eval/loss_shuffled'])}.",
         highlight=False,
     )
     if verdict["decision"] == "promoted":
@@ -108,13 +113,19 @@ def pages(pictures: list[Path], spec: RunSpec) -> None:
     import shlex
 
     from llava_pipeline.store import home
-    from llava_pipeline.tracking.settings import is_server, load_settings, tracking_uri, ui_command
+    from llava_pipeline.tracking.settings import is_server, load_settings, server_environment, tracking_uri, ui_command
 
     settings = load_settings()
     uri = tracking_uri(settings)
-    mlflow = f"open {uri}" if is_server(uri) else shlex.join([".venv/bin/mlflow", *ui_command(settings)[1:]])
+    variables = " ".join(f"{name}={value}" for name, value in server_environment(settings).items())
+    own_pages = (
+        f"{variables} {shlex.join(['.venv/bin/mlflow', *ui_command(settings)[1:]])}" if not is_server(uri) else ""
+    )
+    mlflow = own_pages or f"open {uri}"
     prefect = f"PREFECT_HOME={shlex.quote(str(home() / 'prefect'))} .venv/bin/prefect server start"
-    ask = f".venv/bin/llava-pipeline chat PICTURE 'What color is the circle?' --profile {spec.profile}"
+    ask = f".venv/bin/llava-pipeline chat {shlex.quote(str(pictures[-1]))} 'How many shapes are there?'"
+    if spec.profile != "pocket":
+        ask += f" --profile {spec.profile}"
     print("\nPictures:")
     for path in pictures:
         print(f"  {path}")
@@ -128,13 +139,12 @@ def runs(rows: list[dict[str, Any]]) -> None:
     if not rows:
         print("no runs yet; start one with: llava-pipeline run --profile pocket")
         return
-    listing = table("run", "status", "started (UTC)", "took", "exact match", "shuffled", "loss", "version", "alias")
+    listing = table("run (profile and UTC start)", "status", "took", "match", "shuffled", "version", "alias")
     for row in rows:
-        metrics, loss = row["metrics"], row["metrics"].get("eval/loss")
+        metrics, seconds = row["metrics"], row["duration_seconds"]
         listing.add_row(
-            row["name"], row["status"], row["started"][:16].replace("T", " "),
-            "-" if row["duration_seconds"] is None else duration(row["duration_seconds"]),
+            row["name"], row["status"], "-" if seconds is None else duration(seconds),
             percent(metrics.get("eval/exact_match")), percent(metrics.get("eval/exact_match_shuffled")),
-            "-" if loss is None else f"{loss:.3f}", row["version"] or "-", ", ".join(row["aliases"]) or "-",
+            row["version"] or "-", ", ".join(row["aliases"]) or "-",
         )  # fmt: skip
     Console().print(listing)

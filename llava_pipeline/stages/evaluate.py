@@ -46,6 +46,7 @@ def evaluate_generations(trained: TrainedProjector, held_out: Snapshot, spec: Ev
         title = f"held out: {right:.1%} right, {shuffled_:.1%} with other pictures"
         save_grid(shown(rows, conditions["right"]["answers"], spec.num_pictures), title, folder / "grid.png")
         save_loss_curve(train_losses(trained), folder / "loss.png")
+        rows.picture(rows.image[0]).save(folder / "example.png")
         asked = ask_own_picture(llava, trained, spec, folder / "asked.png")
     return Evaluation(
         projector=trained, answers=done[0], num_questions=len(rows), held_out=held_out,

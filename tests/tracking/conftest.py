@@ -194,7 +194,7 @@ def _answers() -> ArtifactRef:
     rows = [row | {"answer_shuffled": "blue", "answer_untrained": "", "loss": 0.1}, row | {"id": "2", "loss": None}]
     with store.writing("answers") as (folder, done):
         (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        for name in ("grid.png", "loss.png", "asked.png"):
+        for name in ("grid.png", "example.png", "loss.png", "asked.png"):
             Image.new("RGB", (8, 8)).save(folder / name)
     return done[0]
 
