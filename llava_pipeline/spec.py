@@ -202,9 +202,11 @@ class RunSpec(Frozen):
     title: str = Field("", description="One line for people.")
     cost: str = Field("", description="What a run takes, and on what.")
     backbones: BackbonesSpec = Field(description="The two pretrained parts, both frozen.")
-    model: ModelSpec = Field(ModelSpec(), description="How the parts are joined.")
+    model: ModelSpec = Field(
+        ModelSpec(), description="Which features are projected, and which chat template is spoken."
+    )
     data: DataSpec = Field(description="What is trained on, and what is refused.")
-    training: TrainingSpec = Field(description="How the projector learns.")
+    training: TrainingSpec = Field(description="Steps, batches and learning rate of the projector.")
     evaluation: EvaluationSpec = Field(description="What is asked of the trained model.")
 
     @model_validator(mode="after")

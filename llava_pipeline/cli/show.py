@@ -24,9 +24,9 @@ def document(content: Any) -> None:
 
 def table(*columns: str) -> Table:
     """A table in the house style; every column but the first is for numbers."""
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for number, column in enumerate(columns):
-        made.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        made.add_column(column, justify="left" if number == 0 else "right", overflow="fold", no_wrap=number == 0)
     return made
 
 
@@ -91,7 +91,8 @@ def result(row: dict[str, Any]) -> None:
         f"the frozen ones are unchanged: {'yes' if row['frozen_digests_equal'] else 'NO'}.\n"
         f"Training took {duration(metrics['train/seconds'])} on {row['device']}, "
         f"loss {number(metrics['train/final_loss'])}; "
-        f"held-out loss {number(metrics['eval/loss'])}, with shuffled pictures {number(metrics['eval/loss_shuffled'])}.",
+        f"held-out loss {number(metrics['eval/loss'])}, "
+        f"with shuffled pictures {number(metrics['eval/loss_shuffled'])}.",
         highlight=False,
     )
     if verdict["decision"] == "promoted":
@@ -139,7 +140,7 @@ def runs(rows: list[dict[str, Any]]) -> None:
     if not rows:
         print("no runs yet; start one with: llava-pipeline run --profile pocket")
         return
-    listing = table("run (profile and UTC start)", "status", "took", "match", "shuffled", "version", "alias")
+    listing = table("run", "status", "took", "match", "shuffled", "version", "alias")
     for row in rows:
         metrics, seconds = row["metrics"], row["duration_seconds"]
         listing.add_row(

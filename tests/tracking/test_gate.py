@@ -79,7 +79,7 @@ def test_it_says_what_was_found(make_evaluation: MakeEvaluation) -> None:
 
 
 def test_it_says_that_it_did_not_compare(make_evaluation: MakeEvaluation) -> None:
-    champion = ChampionScores(version="1", held_out_digest="1" * 64, exact_match=1.0, by_kind={})
+    champion = ChampionScores(version="1", **{**CHAMPION, "held_out_digest": "1" * 64, "exact_match": 1.0})
     rules = decide(make_evaluation(), champion, GateSettings())
     assert [r.found for r in rules if r.name in RELATIVE] == [
         "champion was scored on another set; not compared",
