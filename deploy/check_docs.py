@@ -20,7 +20,8 @@ TARGET = re.compile(r"^([a-z][a-z-]*):(?!=)", re.MULTILINE)
 
 
 def markdown_files() -> list[Path]:
-    return sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md"))
+    folders = (ROOT / "docs", ROOT / "llava_pipeline")
+    return sorted(ROOT.glob("*.md")) + [path for folder in folders for path in sorted(folder.rglob("*.md"))]
 
 
 def slug(heading: str) -> str:

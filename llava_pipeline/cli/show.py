@@ -140,7 +140,7 @@ def runs(rows: list[dict[str, Any]]) -> None:
     if not rows:
         print("no runs yet; start one with: llava-pipeline run --profile pocket")
         return
-    listing = table("run", "status", "took", "match", "shuffled", "version", "alias")
+    listing = table("run", "status", "took", "match", "shuffled", "ver.", "alias")
     for row in rows:
         metrics, seconds = row["metrics"], row["duration_seconds"]
         listing.add_row(
