@@ -7,13 +7,15 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llava_pipeline.cli import show
 from llava_pipeline.errors import LlavaPipelineError
-from llava_pipeline.spec import RunSpec, load_spec
+
+if TYPE_CHECKING:
+    from llava_pipeline.spec import RunSpec
 
 app = typer.Typer(
     name="llava-pipeline",
@@ -42,7 +44,7 @@ def options(
 @app.command()
 def plan(profile: Profile = "pocket", overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
     """What a run will take: downloads, parameters, tokens, memory, time. Nothing is downloaded."""
-    spec = load_spec(profile, overrides)
+    spec = read_spec(profile, overrides)
     from llava_pipeline.model.plan import plan as make_plan
 
     made = make_plan(spec)
@@ -59,7 +61,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run the whole pipeline: fetch, assemble, validate, train, evaluate, record, gate."""
-    row = run_flow(load_spec(profile, overrides), refresh)
+    row = run_flow(read_spec(profile, overrides), refresh)
     show.document(row) if as_json else show.result(row)
 
 
@@ -71,7 +73,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Run the pipeline and leave its pictures where you can look at them."""
-    spec = load_spec(profile, overrides)
+    spec = read_spec(profile, overrides)
     row = run_flow(spec, refresh=False)
     pictures = save_pictures(row["run_id"], folder)
     if as_json:
@@ -93,7 +95,7 @@ def chat(
     """Ask a trained projector about a picture."""
     from llava_pipeline.tracking.settings import load_settings
 
-    model = load_spec(profile).registered_model
+    model = read_spec(profile, []).registered_model
     from llava_pipeline.stages.chat import answer_about
 
     told = answer_about(image, question, which, model, max_new_tokens, load_settings())
@@ -115,6 +117,13 @@ def runs(
 
 
 # --------------------------------------------------------------------------------------------- what commands share
+
+
+def read_spec(profile: str, overrides: list[str]) -> RunSpec:
+    """The validated spec. Pydantic takes half of the start-up time, so it is loaded when a command needs it."""
+    from llava_pipeline.spec import load_spec
+
+    return load_spec(profile, overrides)
 
 
 def run_flow(spec: RunSpec, refresh: bool) -> dict[str, Any]:

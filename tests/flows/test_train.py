@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 import flows.stages
 from flows.train import train
+from llava_pipeline import store
 from llava_pipeline.contracts import Verdict
 from llava_pipeline.errors import TooManyRejected
 from llava_pipeline.spec import RunSpec, load_spec
@@ -91,6 +93,18 @@ def test_an_edit_to_a_stage_s_code_never_returns_a_stale_result(
     monkeypatch.setattr(flows.stages, "code_digest", lambda name: real(name) + ("edited" if name == edited else ""))
     states = task_states(train(spec).run_id)
     assert {name for name, state in states.items() if state == "Cached"} == set(STAGES[:3])
+
+
+def test_a_reused_result_whose_files_are_gone_is_made_anew(
+    first: Verdict, spec: RunSpec, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.rmtree(home / "store" / "snapshot")
+    store._verified.clear()
+    with caplog.at_level(logging.INFO, logger="llava_pipeline.flow"):
+        again = train(spec)
+    assert listing.run(Settings(), again.run_id)["status"] == "FINISHED"
+    told = [record.getMessage() for record in caplog.records if record.name == "llava_pipeline.flow"]
+    assert any(line.startswith("validate-stream: nothing changed, but snapshot") for line in told)
 
 
 def test_a_run_that_dies_is_marked_failed_with_the_reason(spec: RunSpec) -> None:
