@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds .venv: the locked packages, the torch build that fits this machine, and the project itself (editable).
-# Safe to repeat; when nothing changed it does nothing. PYTHON=... names an interpreter, FORCE=1 repeats every step.
+# Safe to repeat; when nothing changed it does nothing. PYTHON=... names an interpreter for a new .venv, FORCE=1 repeats every step.
 set -euo pipefail
 
 TORCH_VERSION=2.13.0
