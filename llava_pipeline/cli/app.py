@@ -28,6 +28,7 @@ app = typer.Typer(
 Profile = Annotated[str, typer.Option("--profile", "-p", help="A profile's name, or the path of a .yaml file.")]
 Overrides = Annotated[list[str], typer.Option("--set", help="Change one value, as training.max_steps=20. Repeatable.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line of stdout.")]
+YAML = (".yaml", ".yml")
 DEBUG_VARIABLE = "LLAVA_PIPELINE_DEBUG"
 
 
@@ -80,7 +81,7 @@ def demo(
         show.document(row | {"pictures": [str(path) for path in pictures]})
         return
     show.result(row)
-    show.pages(pictures, spec)
+    show.pages(pictures, spec, row["verdict"]["decision"])
 
 
 @app.command()
@@ -95,7 +96,7 @@ def chat(
     """Ask a trained projector about a picture."""
     from llava_pipeline.tracking.settings import load_settings
 
-    model = read_spec(profile, []).registered_model
+    model = read_spec(profile, []).registered_model if profile.endswith(YAML) else f"llava-projector-{profile}"
     from llava_pipeline.stages.chat import answer_about
 
     told = answer_about(image, question, which, model, max_new_tokens, load_settings())

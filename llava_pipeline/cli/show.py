@@ -109,7 +109,7 @@ def result(row: dict[str, Any]) -> None:
         )
 
 
-def pages(pictures: list[Path], spec: RunSpec) -> None:
+def pages(pictures: list[Path], spec: RunSpec, decision: str) -> None:
     """Where to look next."""
     import shlex
 
@@ -127,6 +127,8 @@ def pages(pictures: list[Path], spec: RunSpec) -> None:
     ask = f".venv/bin/llava-pipeline chat {shlex.quote(str(pictures[-1]))} 'How many shapes are there?'"
     if spec.profile != "pocket":
         ask += f" --profile {spec.profile}"
+    if decision != "promoted":
+        ask += " --run challenger"
     print("\nPictures:")
     for path in pictures:
         print(f"  {path}")
