@@ -80,19 +80,6 @@ def version_by_alias(name: str, alias: str, settings: Settings) -> str | None:
     return aliases(name, settings).get(alias)
 
 
-def set_alias(name: str, alias: str, version: str, settings: Settings) -> None:
-    """Point an alias to a version. For the champion use ``promote``, which looks before it moves.
-
-    Raises:
-        NoSuchRun: there is no such version.
-        TrackingError: MLflow cannot be reached, or refuses.
-    """
-    with refusals(f"set {alias} of {name} to version {version}"):
-        client = connect(settings)
-        _require_version(client, name, version)
-        client.set_registered_model_alias(name, alias, version)
-
-
 def champion_scores(name: str, settings: Settings) -> ChampionScores | None:
     """What the champion reached, from the tags of its version; None when there is no champion.
 

@@ -20,7 +20,6 @@ from llava_pipeline.errors import TrackingError
 from llava_pipeline.spec import HubSource, RunSpec
 from llava_pipeline.tracking import content
 from llava_pipeline.tracking.client import (
-    check_reachable,
     connect,
     ensure_experiment,
     first_line,
@@ -33,8 +32,6 @@ from llava_pipeline.tracking.settings import Settings
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import DatasetInput, Metric
-
-__all__ = ["check_reachable", "connect", "record", "record_failure"]
 
 _log = logging.getLogger(__name__)
 

@@ -77,12 +77,7 @@ def test_unknown_version_has_no_aliases(recorded: list[RecordedRun], settings: S
     with pytest.raises(NoSuchRun, match=r"no version 9; newest versions: 3, 2, 1; aliases: challenger=3"):
         registry.promote(NAME, "9", None, settings)
     with pytest.raises(NoSuchRun, match="nothing is registered as llava-projector-other"):
-        registry.set_alias("llava-projector-other", "challenger", "1", settings)
-
-
-def test_set_alias(recorded: list[RecordedRun], settings: Settings) -> None:
-    registry.set_alias(NAME, "challenger", "2", settings)
-    assert registry.version_by_alias(NAME, "challenger", settings) == "2"
+        registry.promote("llava-projector-other", "1", None, settings)
 
 
 def test_champion_scores_come_back_exactly(recorded: list[RecordedRun], settings: Settings) -> None:
