@@ -181,7 +181,8 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False))
     except typer.exceptions.TyperException as error:
-        print(f"error: {error}", file=sys.stderr)
+        format_message = getattr(error, "format_message", error.__str__)  # usage errors name their option in it
+        print(f"error: {format_message()}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         print("stopped", file=sys.stderr)
