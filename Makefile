@@ -18,9 +18,11 @@ demo: setup ## Run the whole pipeline on the pocket backbones
 	@$(BIN)/llava-pipeline demo
 
 test: setup ## Run the tests, without the slow ones
+	@bash deploy/test_data.sh
 	@$(BIN)/python -m pytest
 
 test-all: setup ## Run every test
+	@bash deploy/test_data.sh
 	@$(BIN)/python -m pytest -m ""
 
 check: setup ## Check format, lint, types and import contracts

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 from prefect import Task
+from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import INPUTS, NO_CACHE, CachePolicy
 from prefect.context import TaskRunContext
 from prefect.runtime import flow_run
 from prefect.tasks import exponential_backoff
 from pydantic import BaseModel
 
+from flows.retries import will_pass
+from flows.workers import validate_with_workers
 from llava_pipeline.code_digest import code_digest
 from llava_pipeline.contracts import (
     ArtifactRef,
@@ -32,16 +35,22 @@ from llava_pipeline.contracts import (
     ValidatedData,
     Verdict,
 )
-from llava_pipeline.errors import SourceUnavailable, StoreError
+from llava_pipeline.errors import StoreError
 from llava_pipeline.spec import (
     BackbonesSpec,
     DataSpec,
     EvaluationSpec,
     FolderBackbone,
+    FolderSource,
     HubSource,
+    JsonlSource,
+    LlavaJsonSource,
     ModelSpec,
+    ParquetSource,
     RunSpec,
     TrainingSpec,
+    WebDatasetSource,
+    WorkersSpec,
 )
 from llava_pipeline.store import open_artifact
 
@@ -49,18 +58,27 @@ P = ParamSpec("P")
 R = TypeVar("R")
 log = logging.getLogger("llava_pipeline.flow")
 MINUTE = 60
+ON_THIS_MACHINE = (ParquetSource, JsonlSource, LlavaJsonSource, WebDatasetSource, FolderSource)
 
 
 def may_change_underneath(value: Any) -> bool:
-    """Whether an input names bytes that its own value does not fix: a folder, a branch."""
+    """Whether an input names bytes that its own value does not fix: a folder, a branch, an increment."""
     if isinstance(value, BackbonesSpec):
         parts = (value.vision_tower, value.language_model)
         return value.source is not None or any(isinstance(part, FolderBackbone) for part in parts)
     if isinstance(value, EvaluationSpec):
         return value.picture is not None
-    if isinstance(value, DataSpec) and isinstance(value.source, HubSource):
-        return value.source.path is not None or len(value.source.revision) != 40
+    if isinstance(value, DataSpec):
+        branch = isinstance(value.source, HubSource) and len(value.source.revision) != 40
+        return value.increment or branch or isinstance(value.source, ON_THIS_MACHINE)
     return False
+
+
+def what_decides(value: Any) -> Any:
+    """An input without what its result does not depend on: who checks the rows, how long a source is asked."""
+    if isinstance(value, DataSpec):
+        return value.model_copy(update={"workers": WorkersSpec(), "patience_seconds": 0.0})
+    return value
 
 
 @dataclass
@@ -75,7 +93,8 @@ class SameInputsSameCode(CachePolicy):
         """The key, or None (run it) where an input may change underneath."""
         if any(may_change_underneath(value) for value in inputs.values()):
             return None
-        return f"{INPUTS.compute_key(task_ctx, inputs, flow_parameters, **kwargs)}-{code_digest(self.module)}"
+        deciding = {name: what_decides(value) for name, value in inputs.items()}
+        return f"{INPUTS.compute_key(task_ctx, deciding, flow_parameters, **kwargs)}-{code_digest(self.module)}"
 
 
 def missing_artifacts(result: Any) -> str | None:
@@ -90,17 +109,6 @@ def missing_artifacts(result: Any) -> str | None:
             (lost for name in type(result).model_fields if (lost := missing_artifacts(getattr(result, name)))), None
         )
     return None
-
-
-def will_pass(task_: Any, task_run: Any, state: Any) -> bool:
-    """Retry only what may be better in a minute: a network, not a refused row."""
-    try:
-        state.result()
-    except SourceUnavailable:
-        return True
-    except Exception:  # whatever it is, asking again will not change it
-        return False
-    return False
 
 
 def stage(
@@ -155,9 +163,19 @@ def assemble_and_freeze(backbones: Backbones, spec: ModelSpec) -> AssembledModel
 
 @stage("llava_pipeline.stages.validate", minutes=360, retries=2)
 def validate_stream(model: AssembledModel, spec: DataSpec, num_held_out: int) -> ValidatedData:
-    from llava_pipeline.stages import validate
+    data = validate_with_workers(model, spec, num_held_out)
+    show_report(data)
+    return data
 
-    return validate.validate_stream(model, spec, num_held_out)
+
+def show_report(data: ValidatedData) -> None:
+    """The data report on the flow run's page in Prefect. A run is worth more than its report."""
+    from llava_pipeline.data import report
+
+    try:
+        create_markdown_artifact(report.markdown(data), key="data-report", description="What was kept, and what not.")
+    except Exception as error:
+        log.warning("the data report is not shown in Prefect: %s", error)
 
 
 @stage("llava_pipeline.stages.train", minutes=24 * 60)

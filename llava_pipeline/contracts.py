@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from llava_pipeline.spec import DataSpec, Frozen, ModelSpec, Sha256
+from llava_pipeline.spec import Frozen, ModelSpec, Sha256, Source
 
 
 class ArtifactRef(Frozen):
@@ -49,18 +49,54 @@ class AssembledModel(Frozen):
     num_ignored_weights: dict[str, int]  # by kind, of what the checkpoints hold and the model does not use
 
 
+class Cursor(Frozen):
+    """A place in a source: the first row that has not been read."""
+
+    shard: int = 0
+    row: int = 0  # within the shard
+    behind: str = ""  # digest of the names and sizes of the files that lie wholly behind it; empty where none do
+
+
+class Piece(Frozen):
+    """Rows ``start`` to ``stop`` of one shard of a source: what one worker checks at a time."""
+
+    shard: int
+    name: str  # the shard's, for people
+    start: int
+    stop: int | None  # None: to the end of a shard whose length is not known beforehand
+    offset: int = 0  # of the first row in the file, in bytes, where that helps
+
+    @property
+    def num_rows(self) -> int | None:
+        """How many rows it has; None where that is not known beforehand."""
+        return None if self.stop is None else self.stop - self.start
+
+
+class CheckedPiece(Frozen):
+    """A piece whose rows have been checked, and which file of the store's parts holds them."""
+
+    piece: Piece
+    part: str
+    num_read: int
+    num_refused: int
+
+
 class Snapshot(Frozen):
     """Validated rows on disk."""
 
-    spec: DataSpec
+    source: Source  # at its resolved revision
     rows: ArtifactRef
     origin: str  # source with its resolved revision
     num_read: int
     num_kept: int
     rejected: dict[str, int]  # by reason
     num_images: int
+    num_near_duplicates: int  # pictures that look like another one of the snapshot
     num_supervised_tokens: int
     num_tokens: int
+    began: Cursor
+    ended: Cursor
+    num_left: int | None  # rows of the source after ``ended``; None where the source has no end, or none known
 
 
 class ValidatedData(Frozen):

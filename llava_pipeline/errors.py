@@ -19,7 +19,9 @@ LlavaPipelineError                 exit code 1: something failed
 ├── DataError
 │   ├── SourceUnavailable          the data cannot be read
 │   ├── TooManyRejected            more rows were refused than the spec allows
-│   └── NothingToLearn             no supervised token in the whole snapshot
+│   ├── NothingToLearn             no supervised token in the whole snapshot
+│   ├── NothingNew                 the last run has read all there is
+│   └── WorkerDied                 a process that checked rows was killed
 ├── TrainingError
 │   ├── Diverged                   the loss or the gradient stopped being a number
 │   └── FrozenWeightsChanged       a frozen part's digest differs after training
@@ -111,6 +113,14 @@ class TooManyRejected(DataError):
 
 class NothingToLearn(DataError):
     """No supervised token in the whole snapshot."""
+
+
+class NothingNew(DataError):
+    """The last run has read all there is."""
+
+
+class WorkerDied(DataError):
+    """A process that checked rows was killed."""
 
 
 class TrainingError(LlavaPipelineError):

@@ -140,12 +140,73 @@ class HubSource(Frozen):
     revision: str = Field(
         "main", description="Commit or branch; a branch is resolved to its commit, and refused once it has moved."
     )
-    path: str | None = Field(
-        None, description="Local folder of Parquet shards to read instead: <split>-*.parquet, there or in its `data`."
+    train_split: str = Field("train", description="Split to train on.")
+    test_split: str | None = Field("test", description="Split that is held out; null holds out a share of pictures.")
+
+
+class ParquetSource(Frozen):
+    """Parquet files in the vsft schema on this machine."""
+
+    kind: Literal["parquet"] = Field("parquet", description="Which kind of source this is.")
+    path: str = Field(
+        description="A file, or a folder with files there or in its `data`; files named test-* are held out."
     )
 
 
-Source = Annotated[ScenesSource | EasyVqaSource | HubSource, Field(discriminator="kind")]
+class JsonlSource(Frozen):
+    """JSON lines: rows in the vsft schema or in LLaVA's, their pictures named by path."""
+
+    kind: Literal["jsonl"] = Field("jsonl", description="Which kind of source this is.")
+    path: str = Field(description="A .jsonl file, or a folder of them; files named test-* are held out.")
+    images: str | None = Field(None, description="Folder that the rows' paths start from; the file's own by default.")
+
+
+class LlavaJsonSource(Frozen):
+    """The original LLaVA format: one JSON array of objects with `conversations` and `image`."""
+
+    kind: Literal["llava-json"] = Field("llava-json", description="Which kind of source this is.")
+    path: str = Field(description="The .json file.")
+    images: str | None = Field(None, description="Folder that the rows' paths start from; the file's own by default.")
+
+
+class WebDatasetSource(Frozen):
+    """WebDataset tar shards: files that share a name up to the first dot are one sample."""
+
+    kind: Literal["webdataset"] = Field("webdataset", description="Which kind of source this is.")
+    path: str = Field(description="A .tar file, or a folder of them; files named test-* are held out.")
+    question: str = Field("Describe the picture.", description="What a picture that has only a caption is asked.")
+
+
+class FolderSource(Frozen):
+    """A folder of pictures, each with its caption in a .txt file of the same name beside it."""
+
+    kind: Literal["folder"] = Field("folder", description="Which kind of source this is.")
+    path: str = Field(description="The folder; folders below it are read too.")
+    question: str = Field("Describe the picture.", description="What every picture is asked.")
+
+
+Source = Annotated[
+    ScenesSource
+    | EasyVqaSource
+    | HubSource
+    | ParquetSource
+    | JsonlSource
+    | LlavaJsonSource
+    | WebDatasetSource
+    | FolderSource,
+    Field(discriminator="kind"),
+]
+Split = Literal["train", "test"]
+
+
+class WorkersSpec(Frozen):
+    """Who checks the rows. The result is the same whoever does."""
+
+    kind: Literal["threads", "processes", "dask", "ray"] = Field(
+        "threads", description="Threads or processes of this machine, or a Dask or Ray cluster."
+    )
+    num: int = Field(1, ge=1, le=256, description="How many at once.")
+    address: str | None = Field(None, description="Scheduler of a running cluster; a local one is started without.")
 
 
 class DataSpec(Frozen):
@@ -154,7 +215,23 @@ class DataSpec(Frozen):
     source: Source = Field(description="Where rows come from.")
     max_samples: int = Field(gt=0, description="Rows to accept for training.")
     max_tokens: int = Field(512, gt=8, description="Longest conversation kept, image tokens included.")
+    when_too_long: Literal["refuse", "cut"] = Field(
+        "refuse", description="cut drops whole rounds from the end of a longer conversation until it fits."
+    )
+    text_only: Literal["refuse", "keep"] = Field("refuse", description="Conversations without a picture, in training.")
+    repeated_images: Literal["keep", "refuse"] = Field(
+        "keep", description="Rows whose picture, or one nearly like it, another row of the same split has shown."
+    )
+    near_distance: int = Field(4, ge=0, le=16, description="Bits of 64 in which near-duplicate pictures may differ.")
+    held_out_share: float = Field(
+        0.1, gt=0, lt=1, description="Share of pictures, by content, held out where the source has no test split."
+    )
     max_rejected_share: float = Field(0.02, ge=0, le=1, description="Above this share of refused rows the run fails.")
+    increment: bool = Field(
+        False, description="Continue after the last row of the last successful run with the same source."
+    )
+    patience_seconds: float = Field(60.0, ge=0, description="How long a source out of reach is asked again.")
+    workers: WorkersSpec = Field(WorkersSpec(), description="Who checks the rows.")
 
 
 class TrainingSpec(Frozen):
@@ -213,10 +290,10 @@ class RunSpec(Frozen):
     def _find_data_in_source(self) -> Self:
         """A folder that stands in for the hub does so for its data set as well, where it holds one."""
         data = self.data.source
-        if self.backbones.source is not None and isinstance(data, HubSource) and data.path is None:
+        if self.backbones.source is not None and isinstance(data, HubSource):
             folder = Path(self.backbones.source).expanduser() / data.repo_id
             if shards_in(folder):
-                found = data.model_copy(update={"path": str(folder)})
+                found = ParquetSource(path=str(folder))
                 # Past the freeze: pydantic ignores another instance that an after-validator gives back.
                 self.__dict__["data"] = self.data.model_copy(update={"source": found})
         return self

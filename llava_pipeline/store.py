@@ -79,6 +79,23 @@ def writing(kind: str) -> Iterator[tuple[Path, list[ArtifactRef]]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Put a text into a file in one step: a reader sees the old file or the whole new one.
+
+    Raises:
+        DiskFull: no space left for it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
+            new = Path(folder) / path.name
+            new.write_text(text, encoding="utf-8")
+            new.replace(path)
+    except OSError as error:
+        tell_disk_full(error, path.parent)
+        raise
+
+
 def tell_disk_full(error: OSError, folder: Path, variable: str = "LLAVA_PIPELINE_HOME") -> None:
     """Raise DiskFull for an error that means it; ``variable`` says where else ``folder`` could be.
 

@@ -85,6 +85,28 @@ def demo(
 
 
 @app.command()
+def validate(
+    source: Annotated[str, typer.Argument(help="scenes, easy-vqa, a file or folder, or owner/name[@revision].")],
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows to accept for training; all.")] = None,
+    images: Annotated[str | None, typer.Option("--images", help="Folder that paths in the rows start from.")] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, max=256, help="Processes that check rows.")] = 1,
+    profile: Profile = "pocket",
+    overrides: Overrides = [],  # noqa: B006
+    report: Annotated[Path | None, typer.Option("--report", help="Where the HTML report goes.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a data set as a run would, without training: what is kept, what is refused and why, and its digest."""
+    spec = read_spec(profile, overrides)
+    from llava_pipeline.data.snapshot import refuse_if_too_many
+    from llava_pipeline.stages.validate_source import validate_source
+
+    data, page = validate_source(spec, source, images, limit, workers, report)
+    show.document(data.model_dump(mode="json") | {"report": str(page)}) if as_json else show.validated(data, page)
+    for snapshot in (data.train, data.held_out):
+        refuse_if_too_many(snapshot, spec.data, at_end=True)
+
+
+@app.command()
 def chat(
     image: Annotated[Path, typer.Argument(help="A picture: PNG, JPEG, WebP, GIF or BMP.")],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],

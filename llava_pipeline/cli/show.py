@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from llava_pipeline.contracts import ValidatedData
     from llava_pipeline.model.plan import Plan
     from llava_pipeline.spec import RunSpec
 
@@ -107,6 +108,26 @@ def result(row: dict[str, Any]) -> None:
             f"Version {verdict['version']} of {verdict['registered_model']} is a challenger; {champion}. {refused}",
             highlight=False,
         )
+
+
+def validated(data: ValidatedData, page: Path) -> None:
+    """Both snapshots side by side, and where the report lies."""
+    console = Console()
+    both = (data.train, data.held_out)
+    facts = table("rows", "training", "held out")
+    facts.add_row("read", *(f"{snapshot.num_read:,}" for snapshot in both))
+    facts.add_row("kept", *(f"{snapshot.num_kept:,}" for snapshot in both), style="bold")
+    for reason in sorted({*data.train.rejected, *data.held_out.rejected}):
+        facts.add_row(f"refused: {reason}", *(f"{snapshot.rejected.get(reason, 0):,}" for snapshot in both))
+    facts.add_row("left in the source", *("-" if s.num_left is None else f"{s.num_left:,}" for s in both))
+    facts.add_row("pictures", *(f"{snapshot.num_images:,}" for snapshot in both))
+    facts.add_row("of them look like another", *(f"{snapshot.num_near_duplicates:,}" for snapshot in both))
+    facts.add_row("tokens", *(f"{snapshot.num_tokens:,}" for snapshot in both))
+    facts.add_row("of them supervised", *(f"{snapshot.num_supervised_tokens:,}" for snapshot in both))
+    facts.add_row("digest", *(snapshot.rows.digest[:12] for snapshot in both))
+    console.print(f"[bold]{data.train.origin}[/]", highlight=False)
+    console.print(facts)
+    console.print(f"Report: {page}", highlight=False, soft_wrap=True)
 
 
 def pages(pictures: list[Path], spec: RunSpec, decision: str) -> None:

@@ -1,18 +1,20 @@
-"""Validated rows on disk: Parquet shards, images once per content, refused rows kept with their reason.
+"""Validated rows on disk: what was kept, its pictures once per content, what was refused, and totals that reconcile.
 
-``rows.parquet``  id, questions, answers, kinds, input_ids, labels, image (row number in images.parquet)
-``images.parquet`` sha256, data (the bytes as they came)
-``rejected.jsonl`` id, position, reason, detail
+``rows.parquet``    id, questions, answers, kinds, input_ids, labels, image (row number in images.parquet, -1: none)
+``images.parquet``  sha256 of the pixels, data (the bytes as they first came), width, height
+``rejected.jsonl``  id, shard, row, reason, detail, digest
+``near.jsonl``      image, like: row numbers of a picture and of an earlier one that it looks like
+``totals.json``     origin, counts, and the places in the source where reading began and ended
+
+The files depend on the rows and the rules alone: not on the machine, nor on who checked which piece.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,54 +23,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from llava_pipeline.contracts import ArtifactRef, Snapshot
-from llava_pipeline.data.checks import STRUCTURE
-from llava_pipeline.data.images import ImageRefused, decode
-from llava_pipeline.data.record import Malformed, Record, Row, normalise
-from llava_pipeline.errors import NothingToLearn, TooManyRejected
-from llava_pipeline.model.processor import IGNORE_INDEX, Encoded, Processor
-from llava_pipeline.spec import DataSpec
+from llava_pipeline.contracts import ArtifactRef, Cursor, Snapshot
+from llava_pipeline.data.fingerprint import SeenPictures
+from llava_pipeline.data.images import decode
+from llava_pipeline.data.leakage import Seen, fingerprint_of, id_digest, leaks, row_digest, split_of
+from llava_pipeline.data.sources.reader import Reader
+from llava_pipeline.errors import NothingNew, NothingToLearn, TooManyRejected
+from llava_pipeline.model.processor import IGNORE_INDEX
+from llava_pipeline.spec import DataSpec, Split
 from llava_pipeline.store import open_artifact, writing
 
-ROWS_PER_SHARD = 1024
+BUFFER_ROWS = 1024
+BUFFER_BYTES = 32 << 20
+ENOUGH_TO_TELL = 200  # rows read after which too large a share of refused ones ends the reading
 ROW_SCHEMA = pa.schema([
     ("id", pa.string()), *((name, pa.list_(pa.string())) for name in ("questions", "answers", "kinds")),
     ("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("image", pa.int64()),
 ])  # fmt: skip
-IMAGE_SCHEMA = pa.schema([("sha256", pa.string()), ("data", pa.binary())])
-
-
-class RowRefused(Exception):
-    """A row that is not kept, with its reason and a detail for people."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
-
-
-def check(row: Row, processor: Processor, max_tokens: int) -> tuple[Record, Encoded]:
-    """The record and its tokens.
-
-    Raises:
-        RowRefused: the first reason for which it is not kept.
-    """
-    try:
-        record = normalise(row)
-    except Malformed as error:
-        raise RowRefused("malformed", str(error)) from error
-    for reason, function in STRUCTURE.items():
-        if detail := function(record):
-            raise RowRefused(reason, detail)
-    try:
-        decode(record.images[0])
-    except ImageRefused as error:
-        raise RowRefused(error.reason, error.detail) from error
-    encoded = processor.encode(record.messages)
-    if len(encoded.input_ids) > max_tokens:
-        raise RowRefused("too_many_tokens", f"{len(encoded.input_ids)} tokens, at most {max_tokens}")
-    if all(label == IGNORE_INDEX for label in encoded.labels):
-        raise RowRefused("nothing_supervised", "no token between the template's generation marks")
-    return record, encoded
+IMAGE_SCHEMA = pa.schema([
+    ("sha256", pa.string()), ("data", pa.binary()), ("width", pa.int32()), ("height", pa.int32()),
+])  # fmt: skip
+NO_PICTURE = -1
 
 
 @dataclass
@@ -79,101 +54,188 @@ class Totals:
     num_kept: int = 0
     num_tokens: int = 0
     num_supervised_tokens: int = 0
+    num_near_duplicates: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
 
-    def __post_init__(self) -> None:
-        self.rejected: Counter[str] = Counter()
 
+class SnapshotFiles:
+    """The files of a snapshot while they grow."""
 
-class Shards:
-    """Writes kept and refused rows below a folder, a shard at a time."""
-
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         self.rows = pq.ParquetWriter(folder / "rows.parquet", ROW_SCHEMA)
         self.images = pq.ParquetWriter(folder / "images.parquet", IMAGE_SCHEMA, compression="none")
         self.refused = (folder / "rejected.jsonl").open("w", encoding="utf-8")
-        self.known: dict[str, int] = {}
+        self.near = (folder / "near.jsonl").open("w", encoding="utf-8")
         self.row_buffer: list[dict[str, Any]] = []
         self.image_buffer: list[dict[str, Any]] = []
+        self.num_bytes = 0
 
-    def keep(self, record: Record, encoded: Encoded) -> None:
-        """One accepted row; its image only if its content is new."""
-        digest = hashlib.sha256(record.images[0]).hexdigest()
-        if digest not in self.known:
-            self.known[digest] = len(self.known)
-            self.image_buffer.append({"sha256": digest, "data": record.images[0]})
-        self.row_buffer.append({
-            "id": record.id, "questions": [q for q, _ in record.pairs], "answers": [a for _, a in record.pairs],
-            "kinds": record.kinds or ["all"] * len(record.pairs),
-            "input_ids": encoded.input_ids, "labels": encoded.labels, "image": self.known[digest],
-        })  # fmt: skip
-        if len(self.row_buffer) >= ROWS_PER_SHARD:
-            self.flush()
-
-    def refuse(self, row: Row, position: int, refusal: RowRefused) -> None:
-        """One refused row: enough to find it again."""
-        line = {"id": str(row.get("id", "")), "position": position, "reason": refusal.reason, "detail": refusal.detail}
-        self.refused.write(json.dumps(line) + "\n")
-
-    def flush(self) -> None:
-        """Write what is buffered."""
-        if self.row_buffer:
+    def keep(self, row: dict[str, Any], image: int) -> None:
+        """One accepted row."""
+        self.row_buffer.append({name: row[name] for name in ROW_SCHEMA.names if name != "image"} | {"image": image})
+        if len(self.row_buffer) >= BUFFER_ROWS:
             self.rows.write_table(pa.Table.from_pylist(self.row_buffer, ROW_SCHEMA))
-        if self.image_buffer:
+            self.row_buffer = []
+
+    def picture(self, row: dict[str, Any], image: int, like: int | None) -> None:
+        """A picture whose content is new."""
+        if like is not None:
+            self.near.write(json.dumps({"image": image, "like": like}) + "\n")
+        self.image_buffer.append({"sha256": row["pixels"].hex()} | {k: row[k] for k in ("data", "width", "height")})
+        self.num_bytes += len(row["data"])
+        if len(self.image_buffer) >= BUFFER_ROWS or self.num_bytes >= BUFFER_BYTES:
             self.images.write_table(pa.Table.from_pylist(self.image_buffer, IMAGE_SCHEMA))
-        self.row_buffer, self.image_buffer = [], []
+            self.image_buffer, self.num_bytes = [], 0
+
+    def refuse(self, row: dict[str, Any], shard: int, reason: str, detail: str) -> None:
+        """One refused row: enough to find it again."""
+        digest = row["digest"] or (row["pixels"] or b"").hex()
+        line = {"id": row["id"], "shard": shard, "row": row["row"], "reason": reason, "detail": detail}
+        self.refused.write(json.dumps(line | {"digest": digest}) + "\n")
 
     def close(self) -> None:
-        """Finish all three files."""
-        self.flush()
-        self.rows.close()
-        self.images.close()
+        """Finish all files."""
+        for writer, buffer, schema in (
+            (self.rows, self.row_buffer, ROW_SCHEMA),
+            (self.images, self.image_buffer, IMAGE_SCHEMA),
+        ):
+            if buffer:
+                writer.write_table(pa.Table.from_pylist(buffer, schema))
+            writer.close()
         self.refused.close()
+        self.near.close()
+
+
+@dataclass
+class Taker:
+    """Puts the rows of one split, in order, where they belong."""
+
+    files: SnapshotFiles
+    split: Split
+    spec: DataSpec
+    held_out: SeenPictures | None
+    by_picture: bool  # the source does not tell the splits apart
+    totals: Totals = field(default_factory=Totals)
+    seen: Seen = field(default_factory=Seen)
+
+    def take(self, shard: int, row: dict[str, Any]) -> None:
+        """Keep a row or refuse it; one of the other split is neither read nor counted."""
+        if self.by_picture and self._belongs_to(row) != self.split:
+            return
+        self.totals.num_read += 1
+        if refusal := self._refusal(row):
+            self.totals.rejected[refusal[0]] += 1
+            self.files.refuse(row, shard, *refusal)
+            refuse_if_too_many(self.totals, self.spec)
+        else:
+            self._keep(row)
+
+    def _belongs_to(self, row: dict[str, Any]) -> Split:
+        """What has no picture that could be decoded is counted with the training rows."""
+        return split_of(row["pixels"], self.spec.held_out_share) if row["pixels"] is not None else "train"
+
+    def _refusal(self, row: dict[str, Any]) -> tuple[str, str] | None:
+        if row["reason"] is not None:
+            return row["reason"], row["detail"]
+        if self.split == "test" and row["pixels"] is None:
+            return "no_image", "a held-out question needs a picture"
+        return leaks(row, self.seen, self.held_out, self.spec)
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        self.files.keep(row, self._image_of(row))
+        self.seen.rows.add(row_digest(row))
+        if (digest := id_digest(row)) is not None:
+            self.seen.ids.add(digest)
+        self.totals.num_kept += 1
+        self.totals.num_tokens += len(row["input_ids"])
+        self.totals.num_supervised_tokens += sum(label != IGNORE_INDEX for label in row["labels"])
+
+    def _image_of(self, row: dict[str, Any]) -> int:
+        """Number of a row's picture, which is stored if it is new."""
+        if (picture := fingerprint_of(row)) is None:
+            return NO_PICTURE
+        pictures = self.seen.pictures
+        if (known := pictures.numbers.get(picture.pixels)) is not None:
+            return known
+        like = pictures.near(picture, self.spec.near_distance)
+        self.totals.num_near_duplicates += like is not None
+        image = pictures.add(picture)
+        self.files.picture(row, image, like)
+        return image
 
 
 def take(
-    origin: str, rows: Iterator[Row], spec: DataSpec, wanted: int, processor: Processor, advance: Callable[..., None]
-) -> Snapshot:
-    """Read rows until ``wanted`` are kept or the source ends, and put them into the store.
+    reader: Reader,
+    split: Split,
+    rows: Iterable[tuple[int, dict[str, Any]]],
+    spec: DataSpec,
+    wanted: int,
+    start: Cursor,
+    held_out: SeenPictures | None,
+    advance: Callable[..., None],
+) -> tuple[Snapshot, SeenPictures]:
+    """Take checked rows, as (shard, row), until ``wanted`` are kept or the source ends, and put them into the store.
+
+    Gives the pictures as well, so that the training rows can be held against the held-out ones.
 
     Raises:
         TooManyRejected: more than ``spec.max_rejected_share`` were refused, at the end or once 200 rows were read.
-        NothingToLearn: every row was refused.
+        NothingToLearn: the source has no rows, or every row was refused.
+        NothingNew: no row lies behind ``start``.
     """
-    totals = Totals()
+    ended = start
     with writing("snapshot") as (folder, done):
-        shards = Shards(folder)
+        files = SnapshotFiles(folder)
+        taker = Taker(files, split, spec, held_out, by_picture=not reader.has_split)
+        totals = taker.totals
         try:
-            for position, row in enumerate(rows):
-                totals.num_read += 1
-                try:
-                    record, encoded = check(row, processor, spec.max_tokens)
-                except RowRefused as refusal:
-                    totals.rejected[refusal.reason] += 1
-                    shards.refuse(row, position, refusal)
-                    refuse_if_too_many(totals, spec)
-                    continue
-                shards.keep(record, encoded)
-                totals.num_kept += 1
-                totals.num_tokens += len(encoded.input_ids)
-                totals.num_supervised_tokens += sum(label != IGNORE_INDEX for label in encoded.labels)
-                advance()
+            for shard, row in rows:
+                kept = totals.num_kept
+                taker.take(shard, row)
+                ended = Cursor(shard=shard, row=row["row"] + 1)
+                if totals.num_kept > kept:
+                    advance()
                 if totals.num_kept >= wanted:
                     break
         finally:
-            shards.close()
-        num_images = len(shards.known)
-        if totals.num_read == 0:
-            raise NothingToLearn(f"{origin} has no rows; check data.source")
-        if totals.num_kept == 0:
-            raise NothingToLearn(
-                f"all {totals.num_read} rows of {origin} were refused: {leading_reasons(totals.rejected)}"
-            )
+            files.close()
+        ended = ended.model_copy(update={"behind": reader.behind(ended.shard)})
+        if reader.has_split or split == "train":
+            _refuse_if_empty(totals, len(taker.seen.pictures), reader.origin, start)
         refuse_if_too_many(totals, spec, at_end=True)
-    return Snapshot(
-        spec=spec, rows=done[0], origin=origin, num_read=totals.num_read, num_kept=totals.num_kept,
-        rejected=dict(sorted(totals.rejected.items())), num_images=num_images,
-        num_supervised_tokens=totals.num_supervised_tokens, num_tokens=totals.num_tokens,
+        counts = {
+            "num_read": totals.num_read, "num_kept": totals.num_kept,
+            "rejected": dict(sorted(totals.rejected.items())), "num_images": len(taker.seen.pictures),
+            "num_near_duplicates": totals.num_near_duplicates,
+            "num_supervised_tokens": totals.num_supervised_tokens, "num_tokens": totals.num_tokens,
+        }  # fmt: skip
+        places = {"began": start.model_dump(), "ended": ended.model_dump()}
+        told = json.dumps({"origin": reader.origin, **counts, **places}, indent=1)
+        (folder / "totals.json").write_text(told + "\n", encoding="utf-8")
+    snapshot = Snapshot(
+        source=reader.source, rows=done[0], origin=reader.origin, began=start, ended=ended,
+        num_left=_num_left(reader, ended), **counts,
     )  # fmt: skip
+    return snapshot, taker.seen.pictures
+
+
+def _num_left(reader: Reader, place: Cursor) -> int | None:
+    total, before = reader.num_rows(), reader.num_before(place)
+    return None if total is None or before is None else total - before
+
+
+def _refuse_if_empty(totals: Totals, num_images: int, origin: str, start: Cursor) -> None:
+    if totals.num_read == 0 and (start.shard or start.row):
+        raise NothingNew(
+            f"{origin} has no row behind shard {start.shard}, row {start.row}, where the last run stopped; "
+            "wait for new rows, or start over with --set data.increment=false"
+        )
+    if totals.num_read == 0:
+        raise NothingToLearn(f"{origin} has no rows; check data.source")
+    if totals.num_kept == 0:
+        raise NothingToLearn(f"all {totals.num_read} rows of {origin} were refused: {leading_reasons(totals.rejected)}")
+    if num_images == 0:
+        raise NothingToLearn(f"none of the {totals.num_kept} rows kept from {origin} has a picture; check data.source")
 
 
 def leading_reasons(rejected: Mapping[str, int]) -> str:
@@ -183,10 +245,10 @@ def leading_reasons(rejected: Mapping[str, int]) -> str:
     return f"{sum(rejected.values())} ({reasons})" if reasons else "0"
 
 
-def refuse_if_too_many(totals: Totals, spec: DataSpec, at_end: bool = False) -> None:
+def refuse_if_too_many(totals: Totals | Snapshot, spec: DataSpec, at_end: bool = False) -> None:
     """Fail early, once enough rows were seen to tell."""
     refused = totals.num_read - totals.num_kept
-    if (at_end or totals.num_read >= 200) and refused > spec.max_rejected_share * totals.num_read:
+    if (at_end or totals.num_read >= ENOUGH_TO_TELL) and refused > spec.max_rejected_share * totals.num_read:
         raise TooManyRejected(
             f"of {totals.num_read} rows were refused {leading_reasons(totals.rejected)}, more than "
             f"data.max_rejected_share={spec.max_rejected_share}; mend the data or raise the limit"
@@ -203,7 +265,7 @@ class Rows:
     kinds: list[list[str]]
     input_ids: list[np.ndarray[Any, np.dtype[np.int32]]]
     labels: list[np.ndarray[Any, np.dtype[np.int32]]]
-    image: list[int]
+    image: list[int]  # NO_PICTURE for a conversation without one
     images: list[bytes]
 
     def __len__(self) -> int:
@@ -224,10 +286,3 @@ def open_rows(ref: ArtifactRef) -> Rows:
         input_ids=[np.asarray(ids, dtype=np.int32) for ids in rows["input_ids"]],
         labels=[np.asarray(labels, dtype=np.int32) for labels in rows["labels"]], image=rows["image"], images=images,
     )  # fmt: skip
-
-
-def png(image: Image.Image) -> bytes:
-    """An image as PNG bytes."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

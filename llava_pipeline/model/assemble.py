@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,18 +22,18 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from llava_pipeline.backbones.configuration import read_config, read_tokenizer, usable
+from llava_pipeline.backbones.configuration import read_config, usable
 from llava_pipeline.backbones.weights import read_gguf, read_state_dict
 from llava_pipeline.contracts import AssembledModel, Backbones, FetchedBackbone
 from llava_pipeline.errors import IncompatibleParts, WeightsMismatch
 from llava_pipeline.model.freeze import count_parameters, freeze_backbones, frozen_digest
 from llava_pipeline.model.processor import IMAGE_TOKEN, ImageSettings, Processor
+from llava_pipeline.model.read_processor import add_tokens, image_settings, load_tokenizer
 from llava_pipeline.model.template import chat_template
 from llava_pipeline.spec import ModelSpec
 from llava_pipeline.store import open_artifact
 
 State = dict[str, torch.Tensor]
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IGNORED_KINDS = {  # prefix or suffix of a checkpoint's key -> how it is told
     "text_model.": "CLIP text half",
     "text_projection.": "CLIP text half",
@@ -66,11 +64,6 @@ def load_language_model(part: FetchedBackbone) -> tuple[Any, PreTrainedTokenizer
     return config, load_tokenizer(part), read_state_dict(folder / part.weights)
 
 
-def load_tokenizer(part: FetchedBackbone) -> PreTrainedTokenizerFast:
-    """Tokenizer of a language model; a GGUF holds its own."""
-    return read_tokenizer(open_artifact(part.files), part.weights, part.origin)
-
-
 def load_vision_tower(part: FetchedBackbone) -> tuple[CLIPVisionConfig, ImageSettings, State]:
     """Configuration, image settings and weights of a CLIP vision tower; a whole CLIP gives its vision half."""
     if part.weights.endswith(".gguf"):
@@ -84,30 +77,6 @@ def load_vision_tower(part: FetchedBackbone) -> tuple[CLIPVisionConfig, ImageSet
     if not isinstance(config, CLIPVisionConfig):
         raise IncompatibleParts(f"{part.origin} is a {config.model_type}, not a CLIP vision tower; choose another one")
     return config, image_settings(part, config.image_size), read_state_dict(folder / part.weights)
-
-
-def image_settings(part: FetchedBackbone, side: int) -> ImageSettings:
-    """Mean and deviation from the image processor's file, CLIP's own where there is none."""
-    folder = open_artifact(part.files)
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).exists():
-            with usable(part.origin, name, folder):
-                content = json.loads((folder / name).read_text(encoding="utf-8"))
-                content = content.get("image_processor", content)
-                mean, std = tuple(content["image_mean"]), tuple(content["image_std"])
-                if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
-                    raise ValueError(f"image_mean is {mean}, image_std is {std}")
-                return ImageSettings(side, mean, std)
-    return ImageSettings(side, CLIP_MEAN, CLIP_STD)
-
-
-def add_tokens(tokenizer: PreTrainedTokenizerFast, origin: str) -> None:
-    """``<image>`` once and, where the tokenizer has none, a padding token."""
-    if IMAGE_TOKEN in tokenizer.get_vocab():
-        raise IncompatibleParts(f"the tokenizer of {origin} already owns {IMAGE_TOKEN}; use the model it came from")
-    tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
-    if tokenizer.pad_token is None:
-        tokenizer.add_special_tokens({"pad_token": "<pad>"})
 
 
 def num_image_tokens(config: CLIPVisionConfig, strategy: str) -> int:
@@ -283,13 +252,3 @@ def describe(llava: Llava, backbones: Backbones, spec: ModelSpec) -> AssembledMo
 def load(model: AssembledModel) -> Llava:
     """The live model of an assembled one, with its first projector."""
     return assemble(model.backbones, model.spec)
-
-
-def processor_of(model: AssembledModel) -> Processor:
-    """Only the processor: no weights are read but a GGUF's, which holds its tokenizer."""
-    part = model.backbones.language_model
-    tokenizer = load_tokenizer(part)
-    template = chat_template(model.spec.chat_template, tokenizer)
-    add_tokens(tokenizer, part.origin)
-    images = image_settings(model.backbones.vision_tower, model.image_size)
-    return Processor(tokenizer, template, images, model.num_image_tokens)

@@ -32,6 +32,7 @@ from llava_pipeline.spec import (
     EasyVqaSource,
     EmbeddedBackbone,
     FolderBackbone,
+    FolderSource,
     Frozen,
     HubBackbone,
     HubSource,
@@ -44,11 +45,8 @@ from llava_pipeline.spec import (
 MEGABYTE = 1_000_000
 LIBRARIES_BYTES = 700 * MEGABYTE  # torch, transformers, mlflow and prefect in one process, measured
 ACTIVATION_BYTES_PER_TOKEN_AND_WIDTH = 40  # kept for the backward pass, per layer, in 4-byte numbers
-TEXT_TOKENS = {
-    ScenesSource: 60,
-    EasyVqaSource: 110,
-    HubSource: 240,
-}  # of a training conversation, measured or published
+TEXT_TOKENS = {ScenesSource: 60, EasyVqaSource: 110, FolderSource: 60}  # of a training conversation, measured
+OTHER_TEXT_TOKENS = 240  # of llava-instruct-mix-vsft, published; what a file holds is not known before it is read
 EFFICIENCY = 0.5  # share of a large matrix product's speed that a step of a small model reaches
 
 
@@ -97,7 +95,7 @@ def plan(spec: RunSpec) -> Plan:
         image_tokens = num_image_tokens(vision, spec.model.vision_feature_select_strategy)
         counts = count_on_meta(vision, text)
     device = "cuda" if spec.training.device != "cpu" and torch.cuda.is_available() else "cpu"
-    tokens = min(spec.data.max_tokens, image_tokens + TEXT_TOKENS[type(spec.data.source)])
+    tokens = min(spec.data.max_tokens, image_tokens + TEXT_TOKENS.get(type(spec.data.source), OTHER_TEXT_TOKENS))
     speed = EFFICIENCY * measured_flops(torch.device(device))
     samples = spec.training.max_steps * spec.training.batch_size * spec.training.accumulation
     language, tower, projector = (counts[part][0] for part in ("language model", "vision tower", "projector"))
@@ -194,7 +192,7 @@ def downloads(spec: RunSpec) -> tuple[Download, ...]:
     data = spec.data.source
     if isinstance(data, EasyVqaSource):
         found.append(Download(what="data", source=f"package index:{data.requirement}", num_bytes=3_215_672))
-    elif isinstance(data, HubSource) and data.path is None:
+    elif isinstance(data, HubSource):
         found.append(Download(what="data, streamed", source=f"hub:{data.repo_id}@{data.revision}", num_bytes=None))
     return tuple(found)
 

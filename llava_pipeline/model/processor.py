@@ -10,21 +10,30 @@ One sample of the pocket profile, image tokens shortened::
 What a person types is never a special token: the template is rendered with placeholders for every text, special
 tokens are looked for between the placeholders only, and what lies between two special tokens is tokenised as plain
 text. Labels come from the template's own generation marks.
+
+So a rendered template depends on roles and kinds of items alone, and conversations of one form share it: ``lay_out``.
+One processor may be used by several threads.
 """
 
 from __future__ import annotations
 
+import copy
 import re
+import threading
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from llava_pipeline.data.images import letterbox
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # whoever only checks rows needs no torch
+    import torch
     from transformers import PreTrainedTokenizerFast
 
 IGNORE_INDEX = -100
@@ -56,20 +65,94 @@ class ImageSettings:
         return red, green, blue
 
 
-def _with_placeholders(messages: list[Message]) -> tuple[list[Message], list[str]]:
-    """The messages with every text replaced by a placeholder, and the texts."""
-    texts: list[str] = []
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A special token that the template writes."""
+
+    token: str
+    learned: bool
+
+
+Plain = tuple[tuple[str | int, bool], ...]
+"""What lies between two special tokens: words of the template or numbers of texts, each with whether it is learned."""
+Form = tuple[tuple[str, tuple[str, ...]], ...]
+"""What a template sees of a conversation: of every turn the role and the kinds of its items."""
+_RENDERING = threading.Lock()  # a compiled template notes its generation marks in itself
+
+
+def _form(messages: list[Message]) -> Form:
+    return tuple((message["role"], tuple(item["type"] for item in message["content"])) for message in messages)
+
+
+def _with_placeholders(form: Form) -> list[Message]:
+    """Messages of this form, with a numbered placeholder for every text."""
+    count = 0
     out = []
-    for message in messages:
+    for role, kinds in form:
         content = []
-        for item in message["content"]:
-            if item["type"] == "text":
-                content.append({"type": "text", "text": f"\ue000{len(texts)}\ue001"})
-                texts.append(item["text"])
-            else:
-                content.append({"type": item["type"]})
-        out.append({"role": message["role"], "content": content})
-    return out, texts
+        for kind in kinds:
+            content.append({"type": kind})
+            if kind == "text":
+                content[-1]["text"] = f"\ue000{count}\ue001"
+                count += 1
+        out.append({"role": role, "content": content})
+    return out
+
+
+def render(
+    template: str, special: dict[str, Any], messages: list[Message], add_generation_prompt: bool
+) -> tuple[str, list[tuple[int, int]]]:
+    """A template applied: text, and the character spans between the generation marks."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    with _RENDERING:
+        rendered, spans = render_jinja_template(
+            conversations=[messages],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=add_generation_prompt,
+            **special,
+        )
+    return rendered[0], [(start, end) for start, end in spans[0]]
+
+
+@lru_cache(maxsize=256)
+def lay_out(
+    template: str,
+    special: tuple[tuple[str, Any], ...],
+    marks: re.Pattern[str],
+    form: Form,
+    add_generation_prompt: bool,
+) -> tuple[Mark | Plain, ...]:
+    """What a template writes for conversations of one form, in order.
+
+    ``special`` are the tokenizer's named tokens, ``marks`` finds those that stand for themselves.
+    """
+    rendered, spans = render(template, dict(special), _with_placeholders(form), add_generation_prompt)
+    edges = sorted({edge for span in spans for edge in span})
+
+    def learned(position: int) -> bool:
+        return any(start <= position < end for start, end in spans)
+
+    parts: list[Mark | Plain] = []
+    plain: list[tuple[str | int, bool]] = []
+
+    def add_words(start: int, end: int) -> None:
+        cuts = [start, *(edge for edge in edges if start < edge < end), end]
+        plain.extend((rendered[a:b], learned(a)) for a, b in pairwise(cuts) if a < b)
+
+    position = 0
+    for match in re.finditer(f"{_PLACEHOLDER.pattern}|{marks.pattern}", rendered):
+        add_words(position, match.start())
+        if match[1] is not None:
+            plain.append((int(match[1]), learned(match.start())))
+        else:
+            parts += [tuple(plain), Mark(match[0], learned(match.start()))]
+            plain.clear()
+        position = match.end()
+    add_words(position, len(rendered))
+    parts.append(tuple(plain))
+    return tuple(part for part in parts if part)
 
 
 class Processor:
@@ -84,76 +167,54 @@ class Processor:
         # tokenizer.json may mark more tokens as special than the tokenizer has names for.
         marked = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         special = sorted(marked | set(tokenizer.all_special_tokens), key=lambda token: (-len(token), token))
-        self._special = re.compile("|".join(re.escape(token) for token in special))
+        self.special_tokens = tuple(special)
+        self._marks = re.compile("|".join(re.escape(token) for token in special))
+        named = tokenizer.special_tokens_map.items()
+        self._named = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in named)
+        # A copy of its own: whoever calls the tokenizer may change how it treats special tokens, and its limits.
+        self._plain = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._plain.no_truncation()
+        self._plain.no_padding()
+        self._plain.encode_special_tokens = True
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """The template applied: text, and the character spans between the generation marks."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        rendered, spans = render_jinja_template(
-            conversations=[messages],
-            chat_template=self.template,
-            return_assistant_tokens_mask=True,
-            add_generation_prompt=add_generation_prompt,
-            **self.tokenizer.special_tokens_map,
-        )
-        return rendered[0], [(start, end) for start, end in spans[0]]
+        return render(self.template, self.tokenizer.special_tokens_map, messages, add_generation_prompt)
 
     def encode(self, messages: list[Message], add_generation_prompt: bool = False) -> Encoded:
         """Ids and labels of a conversation in the vsft format (``content`` is a list of text and image items)."""
-        masked, texts = _with_placeholders(messages)
-        rendered, spans = self.render(masked, add_generation_prompt)
+        texts = [item["text"] for message in messages for item in message["content"] if item["type"] == "text"]
         input_ids: list[int] = []
         labels: list[int] = []
-        piece: list[tuple[str, bool]] = []
-
-        def learned(position: int) -> bool:
-            return any(start <= position < end for start, end in spans)
-
-        def flush() -> None:
-            ids, flags = self._tokenise(piece)
-            input_ids.extend(ids)
-            labels.extend(i if flag else IGNORE_INDEX for i, flag in zip(ids, flags, strict=True))
-            piece.clear()
-
-        for text, start, is_special in self._split(rendered):
-            if is_special:
-                flush()
-                token = self.tokenizer.convert_tokens_to_ids(text)
-                count = self.num_image_tokens if text == IMAGE_TOKEN else 1
-                input_ids.extend([token] * count)
-                labels.extend([token if learned(start) and text != IMAGE_TOKEN else IGNORE_INDEX] * count)
-            elif found := _PLACEHOLDER.fullmatch(text):
-                piece.append((texts[int(found[1])], learned(start)))
+        for part in lay_out(self.template, self._named, self._marks, _form(messages), add_generation_prompt):
+            if isinstance(part, Mark):
+                is_image = part.token == IMAGE_TOKEN
+                token = self.tokenizer.convert_tokens_to_ids(part.token)
+                ids = [token] * (self.num_image_tokens if is_image else 1)
+                input_ids += ids
+                labels += ids if part.learned and not is_image else [IGNORE_INDEX] * len(ids)
             else:
-                piece.extend((text[k], learned(start + k)) for k in range(len(text)))
-        flush()
+                written = [(text if isinstance(text, str) else texts[text], learned) for text, learned in part]
+                self._tokenise(written, input_ids, labels)
         return Encoded(input_ids, labels)
 
-    def _split(self, rendered: str) -> list[tuple[str, int, bool]]:
-        """(text, start, is special token) parts of a rendered template, placeholders on their own."""
-        parts: list[tuple[str, int, bool]] = []
-        position = 0
-        for match in re.finditer(f"{_PLACEHOLDER.pattern}|{self._special.pattern}", rendered):
-            if match.start() > position:
-                parts.append((rendered[position : match.start()], position, False))
-            parts.append((match[0], match.start(), match[1] is None))
-            position = match.end()
-        if position < len(rendered):
-            parts.append((rendered[position:], position, False))
-        return parts
-
-    def _tokenise(self, piece: list[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
-        """Ids of plain text and, per token, whether its first character is learned."""
-        text = "".join(part for part, _ in piece)
+    def _tokenise(self, written: Sequence[tuple[str, bool]], input_ids: list[int], labels: list[int]) -> None:
+        """Append the ids of plain text, and labels where a token's first character is learned."""
+        text = "".join(part for part, _ in written)
         if not text:
-            return [], []
-        flags = [flag for part, flag in piece for _ in part]
-        encoded = self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
-        )
-        starts = [min(start, len(flags) - 1) for start, _ in encoded["offset_mapping"]]
-        return list(encoded["input_ids"]), [flags[start] for start in starts]
+            return
+        encoding = self._plain.encode(text, add_special_tokens=False)
+        ids = encoding.ids
+        input_ids += ids
+        flags = [learned for part, learned in written if part]
+        if all(flags):
+            labels += ids
+        elif not any(flags):
+            labels += [IGNORE_INDEX] * len(ids)
+        else:
+            ends = list(accumulate(len(part) for part, _ in written if part))
+            firsts = (bisect_right(ends, min(start, len(text) - 1)) for start, _ in encoding.offsets)
+            labels += [i if flags[part] else IGNORE_INDEX for i, part in zip(ids, firsts, strict=True)]
 
     def prompt(self, question: str, with_image: bool = True) -> list[int]:
         """Ids that ask one question about a picture, up to where the answer begins."""
@@ -169,6 +230,8 @@ class Processor:
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, S, S, 3) uint8 to ``pixel_values`` (B, 3, S, S) float32."""
+        import torch
+
         mean, std = torch.tensor(self.images.mean), torch.tensor(self.images.std)
         scaled = (pixels.to(torch.float32) / 255 - mean.to(pixels.device)) / std.to(pixels.device)
         return scaled.permute(0, 3, 1, 2).contiguous()

@@ -16,6 +16,7 @@ from llava_pipeline import store
 from llava_pipeline.contracts import Evaluation, Score, Snapshot
 from llava_pipeline.errors import DamagedArtifact
 from llava_pipeline.spec import RunSpec
+from llava_pipeline.tracking.reading import CURSOR, READING, reading_id
 
 LIBRARIES = (
     "llava-pipeline",
@@ -124,6 +125,7 @@ def results(evaluation: Evaluation) -> dict[str, float]:
         "eval/grounding_gain": _difference(evaluation.shuffled_image.loss, evaluation.right_image.loss),
         "data/num_read": data.num_read,
         "data/num_kept": data.num_kept,
+        "data/num_near_duplicates": data.num_near_duplicates,
         "data/num_supervised_tokens": data.num_supervised_tokens,
     }
     found |= {f"eval/blind_rate/{metric_part(kind)}": rate for kind, rate in evaluation.blind_by_kind.items()}
@@ -147,18 +149,23 @@ def tags_of_spec(spec: RunSpec) -> dict[str, str]:
 
 
 def tags_of_evaluation(evaluation: Evaluation) -> dict[str, str]:
-    """Digests of everything that went in and came out."""
+    """Digests of everything that went in and came out, and where in the source the next run goes on."""
     trained = evaluation.projector
+    data = trained.data
+    left = {} if data.num_left is None else {"llava.data.num_left": str(data.num_left)}
     before, after = trained.frozen_digest_before, trained.frozen_digest_after
     return {
         "llava.frozen_digest_before": before,
         "llava.frozen_digest_after": after,
         "llava.frozen_digests_equal": "true" if before == after else "false",
         "llava.projector_digest": trained.projector.digest,
-        "llava.snapshot_digest": trained.data.rows.digest,
+        "llava.snapshot_digest": data.rows.digest,
         "llava.held_out_digest": evaluation.held_out_digest,
         "llava.evaluation_digest": evaluation_digest(evaluation),
-    }
+        "llava.data.origin": data.origin[:MAX_TAG],
+        CURSOR: data.ended.model_dump_json(),
+        READING: reading_id(trained.model, data.origin),
+    } | left
 
 
 def tags_of_version(evaluation: Evaluation) -> dict[str, str]:
@@ -182,6 +189,7 @@ def dataset_profile(snapshot: Snapshot) -> dict[str, int | dict[str, int]]:
         "num_rows": snapshot.num_kept,
         "num_read": snapshot.num_read,
         "num_images": snapshot.num_images,
+        "num_near_duplicates": snapshot.num_near_duplicates,
         "num_supervised_tokens": snapshot.num_supervised_tokens,
         "num_tokens": snapshot.num_tokens,
         "rejected": snapshot.rejected,

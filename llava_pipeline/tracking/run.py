@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
 from llava_pipeline import store
-from llava_pipeline.contracts import Evaluation, RecordedRun, Snapshot
+from llava_pipeline.contracts import Evaluation, RecordedRun, Snapshot, ValidatedData
 from llava_pipeline.errors import TrackingError
-from llava_pipeline.spec import HubSource, RunSpec
+from llava_pipeline.spec import EasyVqaSource, HubSource, RunSpec, ScenesSource
 from llava_pipeline.tracking import content
 from llava_pipeline.tracking.client import (
     connect,
@@ -31,6 +34,7 @@ from llava_pipeline.tracking.settings import Settings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.data.dataset_source import DatasetSource
     from mlflow.entities import DatasetInput, Metric
 
 _log = logging.getLogger(__name__)
@@ -51,7 +55,7 @@ def record(
 
     Raises:
         TrackingError: MLflow cannot be reached, or refuses; the run ends as FAILED with the reason.
-        StoreError: the projector, the history or the answers are missing or damaged.
+        StoreError: the projector, the history, the answers or a snapshot are missing or damaged.
     """
     with refusals("record the run in MLflow"):
         client = connect(settings)
@@ -154,15 +158,9 @@ def _metrics(evaluation: Evaluation) -> Iterator[Metric]:
 
 def _dataset_input(snapshot: Snapshot, context: str) -> DatasetInput:
     """A data set as MLflow's pages show it. MLflow keeps 36 characters of a digest; the whole one is a tag."""
-    from mlflow.data.code_dataset_source import CodeDatasetSource
-    from mlflow.data.dataset_source import DatasetSource
-    from mlflow.data.huggingface_dataset_source import HuggingFaceDatasetSource
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    asked = snapshot.spec.source
-    source: DatasetSource = CodeDatasetSource(tags={"origin": snapshot.origin, **asked.model_dump(mode="json")})
-    if isinstance(asked, HubSource):
-        source = HuggingFaceDatasetSource(path=asked.repo_id, revision=snapshot.origin.rpartition("@")[2])
+    source = _dataset_source(snapshot, context)
     dataset = Dataset(
         name=snapshot.origin[:500],
         digest=snapshot.rows.digest[:32],
@@ -171,6 +169,22 @@ def _dataset_input(snapshot: Snapshot, context: str) -> DatasetInput:
         profile=json.dumps(content.dataset_profile(snapshot)),
     )
     return DatasetInput(dataset=dataset, tags=[InputTag(key="mlflow.data.context", value=context)])
+
+
+def _dataset_source(snapshot: Snapshot, context: str) -> DatasetSource:
+    """Where a data set came from, in MLflow's kinds: the hub, a file or folder of this machine, or code."""
+    from mlflow.data.code_dataset_source import CodeDatasetSource
+    from mlflow.data.huggingface_dataset_source import HuggingFaceDatasetSource
+    from mlflow.data.sources import LocalArtifactDatasetSource  # type: ignore[attr-defined]  # made on import
+
+    source = snapshot.source
+    if isinstance(source, HubSource):
+        own = source.train_split if context == "training" else source.test_split
+        return HuggingFaceDatasetSource(path=source.repo_id, revision=source.revision, split=own or source.train_split)
+    if isinstance(source, ScenesSource | EasyVqaSource):
+        return CodeDatasetSource(tags={"origin": snapshot.origin, **source.model_dump(mode="json")})
+    here: DatasetSource = LocalArtifactDatasetSource(Path(source.path).expanduser().absolute().as_uri())
+    return here
 
 
 def _log_files(client: MlflowClient, run_id: str, spec: RunSpec, evaluation: Evaluation) -> None:
@@ -182,6 +196,18 @@ def _log_files(client: MlflowClient, run_id: str, spec: RunSpec, evaluation: Eva
     if evaluation.asked:
         client.log_dict(run_id, {asked.question: asked.answer for asked in evaluation.asked}, "evaluation/asked.json")
     client.log_artifacts(run_id, str(store.open_artifact(evaluation.projector.projector)), "projector")
+    _log_data(client, run_id, ValidatedData(train=evaluation.projector.data, held_out=evaluation.held_out))
+
+
+def _log_data(client: MlflowClient, run_id: str, data: ValidatedData) -> None:
+    """The report, and every refused row. Copied under the names they get, so that neither is held in memory twice."""
+    from llava_pipeline.data import report
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "report.html").write_text(report.page(data), encoding="utf-8")
+        for snapshot, name in ((data.train, "rejected-train.jsonl"), (data.held_out, "rejected-held-out.jsonl")):
+            shutil.copyfile(store.open_artifact(snapshot.rows) / "rejected.jsonl", Path(folder) / name)
+        client.log_artifacts(run_id, folder, "data")
 
 
 def _as_yaml(spec: RunSpec) -> str:

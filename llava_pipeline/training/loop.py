@@ -19,11 +19,15 @@ from llava_pipeline.training.schedule import learning_rate
 from llava_pipeline.training.step import Batch, collate, loss_sum
 
 MAX_BAD_IN_A_ROW = 5
+NO_PICTURE = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """What is trained on: token ids and labels per sample, tower features (N, P, D_vision) per image."""
+    """What is trained on: token ids and labels per sample, tower features (N, P, D_vision) per image.
+
+    ``image`` is a sample's number in ``features``, or ``NO_PICTURE``.
+    """
 
     input_ids: list[torch.Tensor]
     labels: list[torch.Tensor]
@@ -33,7 +37,7 @@ class Samples:
 
     def batch(self, indices: list[int], device: torch.device) -> Batch:
         """A padded batch of these samples on a device."""
-        features = self.features[[self.image[k] for k in indices]]
+        features = self.features[[self.image[k] for k in indices if self.image[k] != NO_PICTURE]]
         input_ids, labels = [self.input_ids[k] for k in indices], [self.labels[k] for k in indices]
         return collate(input_ids, labels, features, self.pad_token_id).to(device)
 

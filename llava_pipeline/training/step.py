@@ -19,7 +19,7 @@ from llava_pipeline.model.processor import IGNORE_INDEX
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Right-padded samples. ``features`` (B, P, D_vision); the rest (B, T)."""
+    """Right-padded samples. ``features`` (I, P, D_vision) of the I that have a picture, in order; the rest (B, T)."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor

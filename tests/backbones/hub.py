@@ -1,7 +1,7 @@
 """A small hub on loopback that speaks huggingface_hub's protocol, and misbehaves when told to.
 
-Small files come straight from ``/resolve``; weights are answered with a redirect to another origin, as the hub's
-storage is, where byte ranges work.
+Small files come straight from ``/resolve``; weights and Parquet are answered with a redirect to another origin, as the
+hub's storage is, where byte ranges work. Data sets have their addresses below ``/datasets``, and a tree of folders.
 """
 
 from __future__ import annotations
@@ -15,9 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
 
-LARGE = (".safetensors", ".bin", ".gguf")
+if TYPE_CHECKING:
+    import pytest
+
+LARGE = (".safetensors", ".bin", ".gguf", ".parquet", ".tar")
+DRIP_SECONDS = 0.05  # between two bytes of a slow body
 
 
 @dataclass
@@ -25,7 +30,8 @@ class Fault:
     """What goes wrong with the next ``times`` requests for files whose name ends in ``file``.
 
     ``kind`` is a status code, of the hub or with ``stored`` of its storage; or, of a body: ``cut`` (the connection ends
-    early), ``short`` (an early end that claims to be whole), ``garbled`` (right length, wrong bytes).
+    early), ``short`` (an early end that claims to be whole), ``garbled`` (right length, wrong bytes), ``slow`` (a byte
+    now and then), ``silent`` (no answer at all). With ``listing`` it meets what is asked about a repository instead.
     """
 
     kind: int | str
@@ -33,11 +39,14 @@ class Fault:
     file: str = ""
     headers: dict[str, str] = field(default_factory=dict)
     stored: bool = False
+    listing: bool = False
 
-    def takes(self, name: str, has_body: bool) -> bool:
+    def takes(self, name: str, has_body: bool, listing: bool = False) -> bool:
         """Use the fault up on a request it fits."""
         of_body = isinstance(self.kind, str) or self.stored
-        if self.times <= 0 or not name.endswith(self.file) or of_body != has_body:
+        if self.times <= 0 or not name.endswith(self.file) or self.listing != listing:
+            return False
+        if of_body != has_body and not listing:
             return False
         self.times -= 1
         return True
@@ -50,6 +59,9 @@ class Hub:
         self.repositories: dict[str, tuple[str, dict[str, bytes]]] = {}
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
+        self.sent: list[tuple[str, int, int]] = []
+        """Name, first byte and number of bytes of every part of a file that was sent."""
+        self.stopped = threading.Event()
         self.gated: set[str] = set()
         self.port = 0
         self.connections: list[socket.socket] = []
@@ -69,11 +81,13 @@ class Hub:
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
         self._server.daemon_threads = True
+        self.stopped.clear()
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
         """Go down: open connections end, new ones are refused."""
+        self.stopped.set()
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
@@ -98,6 +112,25 @@ def running_hub() -> Iterator[Hub]:
         hub.stop()
 
 
+def follow(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this process's libraries take a hub for theirs: they read HF_ENDPOINT once, when they are imported."""
+    import datasets.config
+    import huggingface_hub
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(
+        datasets.config, "HUB_DATASETS_URL", hub.endpoint + "/datasets/{repo_id}/resolve/{revision}/{path}"
+    )
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_URL_HOSTS", constants.HF_URL_HOSTS | {"127.0.0.1"})
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
@@ -116,15 +149,22 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
 
+    def do_POST(self) -> None:
+        self._serve(body=True)
+
     def _serve(self, body: bool) -> None:
         path = self.path.split("?")[0]
         self.hub.requests.append((self.command, path))
-        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        form = parse_qs(self.rfile.read(int(self.headers.get("Content-Length", 0))).decode())
+        if match := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._resolve(match[1], match[2], match[3], body)
         elif match := re.fullmatch(r"/storage/([^/]+/[^/]+)/(.+)", path):
             self._send_file(self.hub.repositories[match[1]][1][match[2]], match[2], {}, body)
-        elif match := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
-            self._describe(match[1], match[2], match[3])
+        elif match := re.fullmatch(
+            r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.+))?)?", path
+        ):
+            recursive = parse_qs(self.path.partition("?")[2]).get("recursive", [""])[0].lower() in ("true", "1")
+            self._describe(match[1], match[2], match[3], (match[4] or "", recursive), form.get("paths", []))
         else:
             self._refuse(404, {})
 
@@ -164,40 +204,98 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None and isinstance(fault.kind, int):
             self._refuse(fault.kind, fault.headers)
             return
-        start = int(match[1]) if (match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))) else 0
-        part = content[start:]
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        start = int(match[1]) if match else 0
+        stop = min(len(content), int(match[2]) + 1) if match and match[2] else len(content)
+        if fault is not None and fault.kind == "silent":
+            self._say_nothing()
+            return
+        part = content[start:stop]
         if fault is not None and fault.kind == "garbled":
             part = bytes(255 - byte for byte in part)
         stated = part[: len(part) // 2] if fault is not None and fault.kind == "short" else part
         headers = headers | {"Content-Length": str(len(stated)), "Accept-Ranges": "bytes"}
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        if match:
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
         sent = stated[: len(stated) // 2] if fault is not None and fault.kind == "cut" else stated
-        self._send(206 if start else 200, headers, sent if body else b"")
+        if body:
+            self.hub.sent.append((name, start, len(sent)))
+        self._send(206 if match else 200, headers, sent if body else b"", fault is not None and fault.kind == "slow")
         self.close_connection = self.close_connection or sent is not stated
 
-    def _describe(self, repo_id: str, what: str | None, revision: str | None) -> None:
+    def _describe(
+        self, repo_id: str, what: str | None, revision: str | None, below: tuple[str, bool], paths: list[str]
+    ) -> None:
+        fault = self._fault("", has_body=False, listing=True)
+        if fault is not None and isinstance(fault.kind, int):
+            self._refuse(fault.kind, fault.headers)
+            return
+        if fault is not None and fault.kind == "silent":
+            self._say_nothing()
+            return
         if (files := self._files(repo_id, revision or "main")) is None:
             return
         commit = self.hub.repositories[repo_id][0]
         listing: Any = {"id": repo_id, "sha": commit, "siblings": [{"rfilename": name} for name in sorted(files)]}
         if what == "tree":
-            listing = [
-                {"type": "file", "path": name, "size": len(files[name]), "oid": commit} for name in sorted(files)
-            ]
+            listing = _tree(files, *below)
+            if below[0] and not listing:
+                self._refuse(404, {"X-Error-Code": "EntryNotFound"})
+                return
+        elif what == "paths-info":
+            listing = [_entry(path, files[path]) for path in paths if path in files]
         content = json.dumps(listing).encode()
+        if fault is not None and fault.kind == "garbled":
+            content = bytes(255 - byte for byte in content)
         self._send(200, {"Content-Type": "application/json", "Content-Length": str(len(content))}, content)
 
-    def _fault(self, name: str, has_body: bool) -> Fault | None:
-        return next((fault for fault in self.hub.faults if fault.takes(name, has_body)), None)
+    def _say_nothing(self) -> None:
+        """Keep the connection open and never answer."""
+        self.hub.stopped.wait(30)
+        self.close_connection = True
+
+    def _fault(self, name: str, has_body: bool, listing: bool = False) -> Fault | None:
+        return next((fault for fault in self.hub.faults if fault.takes(name, has_body, listing)), None)
 
     def _refuse(self, status: int, headers: dict[str, str]) -> None:
         self._send(status, {"Content-Length": "0"} | headers, b"")
 
-    def _send(self, status: int, headers: dict[str, str], content: bytes) -> None:
+    def _send(self, status: int, headers: dict[str, str], content: bytes, slowly: bool = False) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command == "HEAD":
+            return
+        for place in range(len(content) if slowly else 0):
+            self.wfile.write(content[place : place + 1])
+            if self.hub.stopped.wait(DRIP_SECONDS):
+                return
+        if not slowly:
             self.wfile.write(content)
+
+
+def _tree(files: dict[str, bytes], folder: str, recursive: bool) -> list[dict[str, Any]]:
+    """What lies in a folder, as the hub lists it."""
+    start = f"{folder}/" if folder else ""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(files):
+        if not path.startswith(start):
+            continue
+        parts = path[len(start) :].split("/")
+        for depth in range(1, len(parts) if recursive else min(2, len(parts))):
+            parent = start + "/".join(parts[:depth])
+            found[parent] = {"type": "directory", "path": parent, "size": 0, "oid": "0" * 40}
+        if recursive or len(parts) == 1:
+            found[path] = _entry(path, files[path])
+    return list(found.values())
+
+
+def _entry(path: str, content: bytes) -> dict[str, Any]:
+    """One file: git's name for its content, or for the pointer to it where the content lies in the storage."""
+    entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content)}
+    if path.endswith(LARGE):
+        digest = hashlib.sha256(content).hexdigest()
+        entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 130}
+        content = f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize {len(content)}\n".encode()
+    return entry | {"oid": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}

@@ -10,46 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llava_pipeline.data
-from llava_pipeline.data.checks import REASONS, STRUCTURE
+from llava_pipeline.data import checks, leakage
+from llava_pipeline.data.checks import REASONS, STRUCTURE, UNREAD
+from llava_pipeline.data.examine import RowRefused, examine
 from llava_pipeline.data.images import ImageRefused, decode
-from llava_pipeline.data.record import Malformed, Record, Row, normalise
-from llava_pipeline.data.snapshot import RowRefused, check
+from llava_pipeline.data.record import Record, Row, normalise
 from llava_pipeline.model.processor import Processor
-from tests.data.rows import BAD, IMAGE, a_picture, a_row, says
+from llava_pipeline.spec import DataSpec, ScenesSource
+from tests.data.rows import BAD, IMAGE, a_picture, a_row, a_talk, says
 
-MAX_TOKENS = 256
-HALF_PAIRS = st.characters(categories=["Cs"])
-TEXT = st.text(min_size=1, max_size=12) | st.text(st.characters() | HALF_PAIRS, max_size=12)
-ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.binary(max_size=6) | st.just("user"),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "bytes"]), inner, max_size=4)
-    ),
-    max_leaves=8,
-)
-TEXT_ITEM = st.builds(lambda text: {"type": "text", "text": text}, TEXT)
-CONTENT = TEXT | st.lists(TEXT_ITEM, min_size=1, max_size=3) | st.lists(TEXT_ITEM | st.just(IMAGE), max_size=3)
-
-
-@st.composite
-def nearly_rows(draw: st.DrawFn) -> Row:
-    """A row as it should be but for its texts, now and then with something else in one place."""
-    first = [IMAGE, *draw(st.lists(TEXT_ITEM, min_size=1, max_size=2))]
-    contents = [first, *draw(st.lists(CONTENT, min_size=1, max_size=3))]
-    roles = ["user", "assistant"] * len(contents)
-    row: Row = {
-        "messages": [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)],
-        "images": [a_picture()],
-    }
-    if draw(st.booleans()):
-        row["kinds"] = ["all"] * (len(contents) // 2)
-    if draw(st.integers(0, 3)) == 0:
-        row[draw(st.sampled_from(["id", "messages", "images", "kinds"]))] = draw(ANYTHING)
-    return row
-
-
-ROWS = nearly_rows() | nearly_rows() | st.dictionaries(st.sampled_from(["id", "messages", "images", "kinds"]), ANYTHING)
+SPEC = DataSpec(source=ScenesSource(), max_samples=1, max_tokens=256)
+WITHOUT_A_ROW = {*UNREAD, "answer_cut", "nothing_supervised"} - {"malformed"}
 
 
 @pytest.mark.parametrize(
@@ -58,104 +29,170 @@ ROWS = nearly_rows() | nearly_rows() | st.dictionaries(st.sampled_from(["id", "m
 )
 def test_a_bad_row_is_refused_for_its_reason(reason: str, row: Row, processor: Processor) -> None:
     with pytest.raises(RowRefused) as caught:
-        check(row, processor, MAX_TOKENS)
+        examine(row, processor, SPEC)
     assert caught.value.reason == reason
     assert caught.value.detail
     assert reason not in caught.value.detail
 
 
-def test_a_row_of_which_nothing_would_be_learned_is_refused(mute: Processor) -> None:
-    with pytest.raises(RowRefused) as caught:
-        check(a_row(), mute, MAX_TOKENS)
-    assert caught.value.reason == "nothing_supervised"
-
-
 def test_every_reason_has_a_row_that_it_refuses() -> None:
-    assert {*BAD, "nothing_supervised"} == set(REASONS)
-    assert len(REASONS) == len(set(REASONS))
+    assert {*BAD, *WITHOUT_A_ROW} == set(REASONS)
+
+
+def test_every_reason_says_in_one_sentence_what_is_asked_of_a_row() -> None:
+    for reason, sentence in REASONS.items():
+        assert sentence.endswith(".")
+        assert "\n" not in sentence
+        assert reason.isidentifier()
+    assert not set(REASONS) & set(leakage.REASONS)
+
+
+def reasons_in_the_code() -> set[str]:
+    """Every constant that is given as the reason of a refusal."""
+    named = {"malformed"}  # told by a class of its own
+    for path in Path(llava_pipeline.data.__path__[0]).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Call(
+                    ast.Name("RowRefused" | "ImageRefused" | "Broken" | "refuse_if"), [ast.Constant(str(reason)), *_]
+                ):
+                    named.add(reason)
+    return named | set(STRUCTURE)
 
 
 def test_every_reason_named_in_the_code_is_listed() -> None:
-    named: set[str] = set(STRUCTURE)
-    for path in Path(llava_pipeline.data.__path__[0]).glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            match node:
-                case ast.Call(ast.Name("RowRefused" | "ImageRefused"), [ast.Constant(reason), *_]):
-                    named.add(reason)
-    assert named == set(REASONS)
+    assert reasons_in_the_code() == set(REASONS)
 
 
-def test_a_good_row_is_kept_as_it_says(processor: Processor) -> None:
-    messages = [
-        says("user", "\nWhat color is it?", IMAGE),
-        says("assistant", "red"),
-        says("user", " And? "),
-        says("assistant", "so"),
-    ]
-    record, encoded = check(a_row(messages=messages, kinds=["color", "all"]), processor, MAX_TOKENS)
-    assert record.pairs == [("What color is it?", "red"), ("And?", "so")]
-    assert (record.id, record.images, record.kinds) == ("row", [a_picture()], ["color", "all"])
-    assert len(encoded.input_ids) == len(encoded.labels) <= MAX_TOKENS
+def test_a_check_that_no_source_tells_is_a_function_of_the_reasons_name() -> None:
+    for reason in set(REASONS) - set(UNREAD) - set(checks.IMAGE_GATE):
+        assert callable(getattr(checks, reason))
 
 
-def test_plain_text_is_taken_as_one_text_item() -> None:
-    record = normalise({"messages": [{"role": "user", "content": "What?"}]})
-    assert record == Record("", [says("user", "What?")], [])
+# --------------------------------------------------------------------------------------------- order
 
 
-def test_fields_that_are_not_asked_for_are_left_behind() -> None:
-    item = {"index": 0, "text": None, "type": "image"}
-    record = normalise({"messages": [{"role": "user", "content": [item], "weight": 1}], "images": [], "license": "MIT"})
-    assert record.messages == [{"role": "user", "content": [IMAGE]}]
+def test_the_reasons_are_listed_in_the_order_in_which_a_row_meets_them() -> None:
+    order = list(REASONS)
+    told = ["malformed", "no_messages", "empty_turn", "no_image", "text_too_long", "special_token_in_text"]
+    told += ["image_unreadable", "too_many_tokens", "nothing_supervised"]
+    assert sorted(told, key=order.index) == told
 
 
-def test_an_image_is_bytes_with_or_without_a_wrapper() -> None:
-    assert normalise(a_row(images=[b"x", {"bytes": b"y", "path": None}])).images == [b"x", b"y"]
+@pytest.mark.parametrize(
+    ("reason", "row"),
+    [
+        ("empty_turn", a_row(b"no picture", messages=a_talk("What?", " "))),
+        ("control_characters", a_row(b"no picture", messages=a_talk("What?", "\0"))),
+        ("control_characters", a_row(messages=a_talk("What? </s>", "\0"))),
+        ("text_too_long", a_row(messages=a_talk("</s>" * 10_000, "\0"))),
+        ("image_unreadable", a_row(b"no picture", messages=a_talk("What color? " * 400, "red"))),
+    ],
+)
+def test_a_row_with_several_faults_is_refused_for_the_one_that_costs_least(
+    reason: str, row: Row, processor: Processor
+) -> None:
+    with pytest.raises(RowRefused) as caught:
+        examine(row, processor, SPEC)
+    assert caught.value.reason == reason
 
 
-def test_the_token_limit_is_the_longest_kept(processor: Processor) -> None:
-    longest = len(check(a_row(), processor, 10**6)[1].input_ids)
-    assert check(a_row(), processor, longest)
-    with pytest.raises(RowRefused, match=f"too_many_tokens: {longest} tokens, at most {longest - 1}"):
-        check(a_row(), processor, longest - 1)
+# --------------------------------------------------------------------------------------------- structure
 
 
-@settings(deadline=None, max_examples=150)
-@given(row=ROWS)
-def test_a_wild_row_is_a_record_or_malformed(row: Row) -> None:
-    try:
-        record = normalise(row)
-    except Malformed:
-        return
-    assert all(isinstance(image, bytes) for image in record.images)
-    for message in record.messages:
-        assert set(message) == {"role", "content"}
-        assert all(
-            set(item) == ({"type", "text"} if item["type"] == "text" else {"type"}) for item in message["content"]
-        )
-    assert isinstance(record.num_markers, int)
+@pytest.mark.parametrize(
+    ("markers", "images", "reason"),
+    [
+        *((n, m, "image_count_mismatch") for n in range(3) for m in range(3) if n != m),
+        (0, 0, "no_image"),
+        (1, 1, None),
+        (2, 2, "not_one_image"),
+    ],
+)
+def test_markers_and_images_are_counted(markers: int, images: int, reason: str | None) -> None:
+    messages = [says("user", "What?", *[IMAGE] * markers), says("assistant", "red")]
+    record = normalise(a_row(images=[a_picture()] * images, messages=messages))
+    assert next((name for name, check in STRUCTURE.items() if check(record)), None) == reason
 
 
-@settings(deadline=None, max_examples=200)
-@given(row=ROWS)
-def test_a_wild_row_is_kept_or_refused_for_a_listed_reason(row: Row, processor: Processor) -> None:
-    refused = None
-    try:
-        record, encoded = check(row, processor, MAX_TOKENS)
-    except RowRefused as refusal:
-        refused = refusal
-    if refused is not None:
-        assert refused.reason in REASONS
-        return
-    assert [message["role"] for message in record.messages] == ["user", "assistant"] * len(record.pairs)
-    assert len(record.images) == record.num_markers == 1
-    assert any(label >= 0 for label in encoded.labels)
-    # What is kept can be written: texts are valid Unicode, and a question's kind is there or nowhere.
-    assert all(text.encode() is not None for pair in record.pairs for text in pair)
-    assert len(record.kinds) in (0, len(record.pairs))
+def test_the_image_may_come_after_the_question() -> None:
+    first = {"role": "user", "content": [{"type": "text", "text": "What is this: "}, IMAGE]}
+    record = normalise(a_row(messages=[first, says("assistant", "red")]))
+    assert [name for name, check in STRUCTURE.items() if check(record)] == []
+
+
+# --------------------------------------------------------------------------------------------- text
+
+
+def talk_of(text: str) -> Record:
+    return normalise(a_row(messages=a_talk(text, "red")))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\u05e9\u05dc\u05d5\u05dd \u202bRTL\u202c \u200f",  # Hebrew, with marks of direction
+        "zero\u200bwidth\u200d\ufeff",
+        "\U0001f469\u200d\U0001f680 e\u0301 \ufffd \ue000 \U0010ffff",
+        "tab\t, line\n and return\r\n",
+        "1 < 2 <b>bold</b> <strong> [1] <| |> a<s b> < s > <user> <|> <||>",
+        "\u00a0\u2028\u3000wide\u00ad",
+    ],
+)
+def test_unusual_text_is_fine(text: str, processor: Processor) -> None:
+    assert checks.control_characters(talk_of(text)) is None
+    assert checks.special_token_in_text(talk_of(text), processor.special_tokens) is None
+    assert examine(a_row(messages=a_talk(text, "red")), processor, SPEC)
+
+
+@given(character=st.characters(categories=["Cc"]))
+def test_of_all_control_characters_three_are_text(character: str) -> None:
+    assert (checks.control_characters(talk_of(f"a{character}b")) is None) == (character in "\n\t\r")
+
+
+def test_every_special_token_of_the_tokenizer_is_found(processor: Processor) -> None:
+    assert {"<s>", "</s>", "<image>"} <= set(processor.special_tokens)
+    for token in processor.special_tokens:
+        told = checks.special_token_in_text(talk_of(f"What is {token}?"), processor.special_tokens)
+        assert told == f"turn 0 says {token!r} at character 8"
+    assert checks.special_token_in_text(talk_of("A <turn> here"), ("<turn>",)) is not None
+    assert checks.special_token_in_text(talk_of("A <turn> here"), ()) is None
+
+
+def test_a_special_token_in_two_items_is_found(processor: Processor) -> None:
+    items = [IMAGE, {"type": "text", "text": "the </"}, {"type": "text", "text": "s> end"}]
+    record = normalise(a_row(messages=[{"role": "user", "content": items}, says("assistant", "red")]))
+    assert checks.special_token_in_text(record, processor.special_tokens) == "turn 0 says '</s>' at character 4"
+
+
+def test_the_cap_on_text_is_in_bytes_and_the_last_byte_counts() -> None:
+    most = checks.MAX_BYTES_PER_TOKEN * 100
+    assert checks.text_too_long(talk_of("\u20ac" * ((most - 4) // 3)), 100) is None  # 6,396 bytes and "red"
+    assert checks.text_too_long(talk_of("a" * (most - 3)), 100) is None
+    assert (
+        checks.text_too_long(talk_of("a" * (most - 2)), 100) == f"{most + 1} bytes, at most 64 for each of 100 tokens"
+    )
+
+
+def test_more_turns_than_tokens_are_too_much_text() -> None:
+    assert checks.text_too_long(normalise(a_row(messages=a_talk(*["a"] * 100))), 100) is None
+    assert checks.text_too_long(normalise(a_row(messages=a_talk(*["a"] * 102))), 100) == "102 turns, at most 100 tokens"
+
+
+@settings(deadline=None)
+@given(text=st.text(min_size=1))
+def test_what_fits_in_tokens_fits_in_bytes(text: str, processor: Processor) -> None:
+    """The cap refuses nothing that would have fitted: it only tells sooner."""
+    record = talk_of(text)
+    num_tokens = len(processor.encode(record.messages).input_ids)
+    assert checks.text_too_long(record, num_tokens) is None
+
+
+# --------------------------------------------------------------------------------------------- pictures
 
 
 def test_the_image_gate_raises_its_own_kind_of_refusal() -> None:
     with pytest.raises(ImageRefused) as caught:
         decode(b"no picture")
-    assert (caught.value.reason, str(caught.value)) == ("image_unreadable", "image_unreadable: UnidentifiedImageError")
+    assert caught.value.reason == "image_unreadable"
+    assert str(caught.value) == f"image_unreadable: {caught.value.detail}"

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from llava_pipeline.data.revisions import remember
-from llava_pipeline.data.sources import resolve, stream
+from llava_pipeline.data.sources.hub import HubReader, resolve
 from llava_pipeline.errors import DamagedArtifact, DiskFull, NotFound, RevisionMoved
 from llava_pipeline.spec import HubSource
-from tests.backbones.hub import Hub, running_hub
+from tests.backbones.hub import Hub, follow, running_hub
 
 OLD, NEW = "a" * 40, "b" * 40
 MAIN = HubSource(repo_id="owner/data")
@@ -23,9 +23,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub with one data set."""
     import huggingface_hub
 
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with running_hub() as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        follow(hub, monkeypatch)
         hub.add("owner/data", OLD, {})
         huggingface_hub.close_session()
         yield hub
@@ -42,7 +41,7 @@ def test_a_branch_that_moved_is_refused_with_both_commits(hub: Hub) -> None:
     resolve(MAIN)
     hub.add("owner/data", NEW, {})
     with pytest.raises(RevisionMoved) as caught:
-        stream(MAIN, "train")
+        HubReader(MAIN, "train", 0)
     assert caught.value.exit_code == 2
     for part in (f"data.source.revision={OLD}", f"data.source.revision={NEW}", "delete 'owner/data@main' from"):
         assert part in str(caught.value)
@@ -60,7 +59,7 @@ def test_each_remedy_works(hub: Hub, home: Path) -> None:
 @pytest.mark.parametrize("changes", [{"repo_id": "owner/nothing"}, {"revision": "nosuch"}])
 def test_a_data_set_that_is_not_there_is_the_person_s_mistake(hub: Hub, changes: dict[str, str]) -> None:
     with pytest.raises(NotFound, match=r"correct data\.source\.repo_id or data\.source\.revision"):
-        stream(MAIN.model_copy(update=changes), "train")
+        HubReader(MAIN.model_copy(update=changes), "train", 0)
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff"])

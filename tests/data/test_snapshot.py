@@ -8,73 +8,76 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from llava_pipeline.contracts import Snapshot
+from llava_pipeline.contracts import Cursor
 from llava_pipeline.data.record import Row
-from llava_pipeline.data.snapshot import ROWS_PER_SHARD, leading_reasons, open_rows, take
+from llava_pipeline.data.snapshot import BUFFER_ROWS, leading_reasons, open_rows
+from llava_pipeline.data.sources.reader import PIECE_ROWS
 from llava_pipeline.errors import DiskFull, LlavaPipelineError, NothingToLearn, SourceUnavailable, TooManyRejected
 from llava_pipeline.model.processor import IGNORE_INDEX, Processor
-from llava_pipeline.spec import DataSpec, ScenesSource
+from llava_pipeline.spec import ScenesSource
 from llava_pipeline.store import open_artifact
+from tests.data.listed import ORIGIN, a_spec, taken
 from tests.data.rows import BAD, IMAGE, a_picture, a_row, says
 
-ORIGIN = "rows/train"
+
+def good_rows(count: int, first: int = 0) -> list[Row]:
+    return [a_row(a_picture(n), id=f"good/{n}") for n in range(first, first + count)]
 
 
-def a_spec(max_rejected_share: float = 1.0) -> DataSpec:
-    return DataSpec(source=ScenesSource(), max_samples=100, max_tokens=256, max_rejected_share=max_rejected_share)
-
-
-def good_rows(count: int) -> list[Row]:
-    return [a_row(a_picture(n), id=f"good/{n}") for n in range(count)]
-
-
-def taken(rows: Iterable[Row], processor: Processor, wanted: int = 100, spec: DataSpec | None = None) -> Snapshot:
-    return take(ORIGIN, iter(rows), spec or a_spec(), wanted, processor, lambda: None)
+def bad_rows() -> list[Row]:
+    """All of them, with ids of their own where an id is not what is wrong."""
+    return [
+        {**row, "id": f"bad/{reason}/{n}"} if isinstance(row.get("id"), str) and row["id"] == "row" else row
+        for reason, rows in BAD.items() for n, row in enumerate(rows)
+    ]  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------- totals
 
 
 def test_every_row_read_is_kept_or_refused_once(processor: Processor) -> None:
-    bad = [row for rows in BAD.values() for row in rows]
-    rows = [row for pair in itertools.zip_longest(good_rows(20), bad) for row in pair if row is not None]
-    snapshot = taken(rows, processor)
+    rows = [row for pair in itertools.zip_longest(good_rows(20), bad_rows()) for row in pair if row is not None]
+    snapshot, _ = taken(rows, processor)
     assert snapshot.num_read == len(rows) == snapshot.num_kept + sum(snapshot.rejected.values())
     assert snapshot.num_kept == 20
     assert snapshot.rejected == {reason: len(BAD[reason]) for reason in sorted(BAD)}
-    assert (snapshot.origin, snapshot.spec) == (ORIGIN, a_spec())
+    assert (snapshot.origin, snapshot.source) == (ORIGIN, ScenesSource())
+    assert (snapshot.began, snapshot.ended) == (Cursor(), Cursor(row=len(rows)))
+    totals = json.loads((open_artifact(snapshot.rows) / "totals.json").read_text(encoding="utf-8"))
+    assert totals.items() >= {"num_read": len(rows), "num_kept": 20, "rejected": snapshot.rejected}.items()
 
 
 def test_a_refused_row_is_on_file_with_its_reason_and_where_it_was(processor: Processor) -> None:
     bad = [{**rows[0], "id": f"bad/{reason}"} for reason, rows in BAD.items()]
-    snapshot = taken([*good_rows(2), *bad, *good_rows(1)], processor)
+    snapshot, _ = taken([*good_rows(2), *bad, *good_rows(1, 2)], processor)
     text = (open_artifact(snapshot.rows) / "rejected.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     assert [(line["id"], line["reason"]) for line in lines] == [(f"bad/{reason}", reason) for reason in BAD]
-    assert [line["position"] for line in lines] == list(range(2, 2 + len(bad)))
-    assert all(line["detail"] for line in lines)
+    assert [(line["shard"], line["row"]) for line in lines] == [(0, n) for n in range(2, 2 + len(bad))]
+    assert all(line["detail"] and len(line["digest"]) == 64 for line in lines)
 
 
 def test_tokens_are_counted_as_they_are_kept(processor: Processor) -> None:
-    snapshot = taken(good_rows(5), processor)
+    snapshot, _ = taken(good_rows(5), processor)
     rows = open_rows(snapshot.rows)
     assert snapshot.num_tokens == sum(len(ids) for ids in rows.input_ids)
     assert snapshot.num_supervised_tokens == sum(int((labels != IGNORE_INDEX).sum()) for labels in rows.labels) > 0
 
 
-def test_no_more_is_read_than_is_wanted(processor: Processor) -> None:
-    rows = iter([*good_rows(3), BAD["malformed"][0], *good_rows(9)])
-    advanced = []
-    snapshot = take(ORIGIN, rows, a_spec(), 4, processor, lambda: advanced.append(1))
+def test_no_more_is_taken_than_is_wanted(processor: Processor) -> None:
+    advanced: list[int] = []
+    rows = [*good_rows(3), BAD["malformed"][0], *good_rows(9, 3)]
+    snapshot, _ = taken(rows, processor, 4, advance=lambda: advanced.append(1))
     assert (snapshot.num_read, snapshot.num_kept, len(advanced)) == (5, 4, 4)
-    assert len(list(rows)) == 8
+    assert snapshot.ended == Cursor(row=5)
 
 
 def test_a_source_that_ends_early_gives_what_it_has(processor: Processor) -> None:
-    assert taken(good_rows(3), processor, wanted=50).num_kept == 3
+    assert taken(good_rows(3), processor, wanted=50)[0].num_kept == 3
 
 
 # --------------------------------------------------------------------------------------------- what is on disk
@@ -86,7 +89,7 @@ def test_a_snapshot_opens_as_it_was_taken(processor: Processor) -> None:
         *(says("user", "Is it “round”?"), says("assistant", "no")),
     ]
     picture = a_picture(7, size=(20, 12), format="GIF")
-    snapshot = taken(
+    snapshot, _ = taken(
         [a_row(picture, id="one", messages=messages, kinds=["color", "yes/no"]), a_row(id="two")], processor
     )
     rows = open_rows(snapshot.rows)
@@ -102,17 +105,22 @@ def test_a_snapshot_opens_as_it_was_taken(processor: Processor) -> None:
     assert (rows.picture(rows.image[0]).size, rows.picture(rows.image[0]).mode) == ((20, 12), "RGB")
 
 
+def asks(number: int) -> list[dict[str, Any]]:
+    return [says("user", f"\nIs it number {number}?", IMAGE), says("assistant", "yes")]
+
+
 def test_an_image_is_stored_once_however_many_rows_show_it(processor: Processor) -> None:
     pictures = [a_picture(shade) for shade in (0, 1, 0, 2, 1, 0)]
-    snapshot = taken([a_row(picture, id=str(n)) for n, picture in enumerate(pictures)], processor)
+    rows_of = [a_row(picture, id=str(n), messages=asks(n)) for n, picture in enumerate(pictures)]
+    snapshot, _ = taken(rows_of, processor)
     rows = open_rows(snapshot.rows)
     assert snapshot.num_images == len(rows.images) == 3
     assert [rows.images[image] for image in rows.image] == pictures
 
 
 def test_rows_keep_their_images_across_shards(processor: Processor) -> None:
-    rows = [a_row(a_picture(n % 700), id=str(n)) for n in range(ROWS_PER_SHARD + 200)]
-    snapshot = taken(rows, processor, wanted=len(rows))
+    rows = [a_row(a_picture(n % 700), id=str(n), messages=asks(n)) for n in range(BUFFER_ROWS + 200)]
+    snapshot, _ = taken(rows, processor, wanted=len(rows))
     kept = open_rows(snapshot.rows)
     assert snapshot.num_images == len(kept.images) == 700
     assert [kept.images[image] for image in kept.image] == [row["images"][0]["bytes"] for row in rows]
@@ -120,9 +128,9 @@ def test_rows_keep_their_images_across_shards(processor: Processor) -> None:
 
 def test_the_same_rows_are_the_same_artifact(processor: Processor, home: Path) -> None:
     rows = [*good_rows(6), *(row for rows in BAD.values() for row in rows[:1])]
-    first, again = taken(rows, processor), taken(rows, processor)
+    (first, _), (again, _) = taken(rows, processor), taken(rows, processor)
     assert first == again
-    assert taken(rows[1:], processor).rows.digest != first.rows.digest
+    assert taken(rows[1:], processor)[0].rows.digest != first.rows.digest
     assert len(list((home / "store" / "snapshot").iterdir())) == 2
 
 
@@ -132,7 +140,7 @@ def test_the_same_rows_are_the_same_artifact(processor: Processor, home: Path) -
 def test_too_many_refusals_name_the_leading_reasons(processor: Processor) -> None:
     rows = [
         *good_rows(6),
-        *BAD["image_unreadable"],
+        *BAD["image_unreadable"][:3],
         *BAD["image_unreadable"][:1],
         *BAD["empty_turn"][:2],
         *BAD["malformed"][:1],
@@ -146,24 +154,25 @@ def test_too_many_refusals_name_the_leading_reasons(processor: Processor) -> Non
 
 
 def test_the_share_itself_is_allowed(processor: Processor) -> None:
-    assert taken([*good_rows(3), BAD["malformed"][0]], processor, spec=a_spec(0.25)).num_kept == 3
+    assert taken([*good_rows(3), BAD["malformed"][0]], processor, spec=a_spec(0.25))[0].num_kept == 3
 
 
 def test_an_endless_bad_source_is_left_after_200_rows(processor: Processor) -> None:
     rows = itertools.count()
+    odd = (BAD["no_messages"][0] if n % 2 else a_row(a_picture(n), id=str(n)) for n in rows)
     with pytest.raises(TooManyRejected, match="of 200 rows were refused 100"):
-        taken((BAD["no_messages"][0] if n % 2 else a_row() for n in rows), processor, wanted=10**6, spec=a_spec(0.02))
-    assert next(rows) == 200
+        taken(odd, processor, wanted=10**6, spec=a_spec(0.02))
+    assert next(rows) <= PIECE_ROWS
 
 
 def test_a_bad_beginning_alone_does_not_end_a_run(processor: Processor) -> None:
-    rows = [*BAD["no_messages"], *(a_row(id=str(n)) for n in range(198))]
-    assert taken(rows, processor, wanted=198, spec=a_spec(0.02)).rejected == {"no_messages": 2}
+    rows = [*BAD["no_messages"], *good_rows(198)]
+    assert taken(rows, processor, wanted=198, spec=a_spec(0.02))[0].rejected == {"no_messages": 2}
 
 
 def test_nothing_to_learn_where_every_row_was_refused(processor: Processor, mute: Processor) -> None:
-    with pytest.raises(NothingToLearn, match=r"all 4 rows of rows/train were refused: 4 \(not_one_image 4\)"):
-        taken(BAD["not_one_image"], processor)
+    with pytest.raises(NothingToLearn, match=r"all 2 rows of rows/train were refused: 2 \(no_messages 2\)"):
+        taken(BAD["no_messages"], processor)
     with pytest.raises(NothingToLearn, match=r"nothing_supervised 3"):
         taken(good_rows(3), mute)
 

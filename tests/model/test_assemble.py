@@ -29,22 +29,19 @@ from llava_pipeline.backbones.weights import read_state_dict
 from llava_pipeline.contracts import AssembledModel, Backbones, FetchedBackbone
 from llava_pipeline.errors import IncompatibleParts, WeightsMismatch
 from llava_pipeline.model.assemble import (
-    CLIP_MEAN,
     Llava,
     State,
-    add_tokens,
     assemble,
     check_image_tokens,
     describe,
     fit_rows,
     load,
-    load_tokenizer,
     num_image_tokens,
-    processor_of,
 )
 from llava_pipeline.model.freeze import count_parameters, freeze_backbones, frozen_digest
 from llava_pipeline.model.processor import IMAGE_TOKEN, Processor
 from llava_pipeline.model.projector import digest_of, state_of
+from llava_pipeline.model.read_processor import CLIP_MEAN, add_tokens, load_tokenizer, processor_of
 from llava_pipeline.spec import FolderBackbone, HubBackbone, ModelSpec, load_spec
 from llava_pipeline.store import open_artifact
 from tests.tiny import SPEC, talk

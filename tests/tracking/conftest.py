@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -16,6 +20,7 @@ from llava_pipeline.contracts import (
     AskedQuestion,
     AssembledModel,
     Backbones,
+    Cursor,
     Evaluation,
     FetchedBackbone,
     Score,
@@ -158,17 +163,36 @@ def _model() -> AssembledModel:
     )
 
 
-def _snapshot(digest: str) -> Snapshot:
+def _snapshot(name: str) -> Snapshot:
+    """Eight rows and a refused one; snapshots of other names have other ids, and so other digests."""
+    ids = [f"{name}/{n}" for n in range(8)]
+    columns: dict[str, list[Any]] = {
+        "id": ids, "questions": [["Which color?"]] * 8, "answers": [["red"]] * 8, "kinds": [["color"]] * 8,
+        "input_ids": [[7] * 25] * 8, "labels": [[-100] * 20 + [7] * 5] * 8, "image": [0] * 8,
+    }  # fmt: skip
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    images = {"sha256": ["a" * 64], "data": [picture.getvalue()], "width": [8], "height": [8]}
+    refused = {"id": f"{name}/bad", "shard": 0, "row": 8, "reason": "too long", "detail": "9 tokens", "digest": ""}
+    with store.writing("snapshot") as (folder, done):
+        pq.write_table(pa.table(columns), folder / "rows.parquet")
+        pq.write_table(pa.table(images), folder / "images.parquet")
+        (folder / "rejected.jsonl").write_text(json.dumps(refused) + "\n", encoding="utf-8")
+        (folder / "near.jsonl").write_text("", encoding="utf-8")
     return Snapshot(
-        spec=DataSpec(source=ScenesSource(), max_samples=8),
-        rows=ArtifactRef(kind="rows", digest=digest * 64, num_bytes=1),
+        source=ScenesSource(),
+        rows=done[0],
         origin="scenes:1",
         num_read=9,
         num_kept=8,
         rejected={"too long": 1},
-        num_images=8,
+        num_images=1,
+        num_near_duplicates=0,
         num_supervised_tokens=40,
         num_tokens=200,
+        began=Cursor(),
+        ended=Cursor(row=9),
+        num_left=91,
     )
 
 

@@ -1,0 +1,18 @@
+"""What is worth another try."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llava_pipeline.errors import SourceUnavailable
+
+
+def will_pass(task_: Any, task_run: Any, state: Any) -> bool:
+    """Retry only what may be better in a minute: a network, not a refused row."""
+    try:
+        state.result()
+    except SourceUnavailable:
+        return True
+    except Exception:  # whatever it is, asking again will not change it
+        return False
+    return False

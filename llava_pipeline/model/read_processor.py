@@ -1,0 +1,58 @@
+"""The processor of an assembled model from its files alone: no torch, so a process that checks rows stays small."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING
+
+from llava_pipeline.backbones.configuration import read_tokenizer, usable
+from llava_pipeline.contracts import AssembledModel, FetchedBackbone
+from llava_pipeline.errors import IncompatibleParts
+from llava_pipeline.model.processor import IMAGE_TOKEN, ImageSettings, Processor
+from llava_pipeline.model.template import chat_template
+from llava_pipeline.store import open_artifact
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def processor_of(model: AssembledModel) -> Processor:
+    """Only the processor: no weights are read but a GGUF's, which holds its tokenizer."""
+    part = model.backbones.language_model
+    tokenizer = load_tokenizer(part)
+    template = chat_template(model.spec.chat_template, tokenizer)
+    add_tokens(tokenizer, part.origin)
+    images = image_settings(model.backbones.vision_tower, model.image_size)
+    return Processor(tokenizer, template, images, model.num_image_tokens)
+
+
+def load_tokenizer(part: FetchedBackbone) -> PreTrainedTokenizerFast:
+    """Tokenizer of a language model; a GGUF holds its own."""
+    return read_tokenizer(open_artifact(part.files), part.weights, part.origin)
+
+
+def image_settings(part: FetchedBackbone, side: int) -> ImageSettings:
+    """Mean and deviation from the image processor's file, CLIP's own where there is none."""
+    folder = open_artifact(part.files)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).exists():
+            with usable(part.origin, name, folder):
+                content = json.loads((folder / name).read_text(encoding="utf-8"))
+                content = content.get("image_processor", content)
+                mean, std = tuple(content["image_mean"]), tuple(content["image_std"])
+                if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+                    raise ValueError(f"image_mean is {mean}, image_std is {std}")
+                return ImageSettings(side, mean, std)
+    return ImageSettings(side, CLIP_MEAN, CLIP_STD)
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerFast, origin: str) -> None:
+    """``<image>`` once and, where the tokenizer has none, a padding token."""
+    if IMAGE_TOKEN in tokenizer.get_vocab():
+        raise IncompatibleParts(f"the tokenizer of {origin} already owns {IMAGE_TOKEN}; use the model it came from")
+    tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
