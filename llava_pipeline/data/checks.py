@@ -165,8 +165,11 @@ def nothing_supervised(encoded: Encoded) -> str | None:
 # --------------------------------------------------------------------------------------------- all of them
 
 UNREAD = {
+    "shard_unreadable": "The part of the file that holds the row can be read.",
+    "schema_drift": "The columns are there, with the types that the rest of the data set has.",
     "image_path_escapes": "A picture's path stays inside the image folder.",
     "image_missing": "The picture that a row names is there, and can be read.",
+    "caption_missing": "A picture has a caption beside it that says something.",
     "malformed": "Every field is there, of the right type, and valid Unicode.",
 }
 """Of rows that are no records; told by the sources and by ``record.normalise``."""

@@ -20,7 +20,7 @@ SIDE = 32
 CELLS = 8
 NEAR_CELL = 20  # no cell's mean colour may differ by more, of 255: re-encoding moves it by less, another shape by more
 NEAR_MEAN = 3  # nor may they differ by more on average: another background does, re-encoding does not
-BLOCK = 1 << 16  # pictures compared at a time, so that working memory does not grow with what is known
+BLOCK = 1 << 15  # pictures compared at a time, so that working memory does not grow with what is known
 _DCT = np.rint(1024 * np.cos(np.pi * np.outer(np.arange(8), np.arange(SIDE) + 0.5) / SIDE)).astype(np.int64)
 _LUMA = np.array([299, 587, 114], dtype=np.int64)
 _NOISE = 1000 * 1024**2 * SIDE**2 // 4  # what a wave of one grey level adds to its frequency

@@ -55,35 +55,35 @@ def row_digest(row: dict[str, Any]) -> int:
 
 
 def duplicate_id(row: dict[str, Any], seen: Seen) -> str | None:
-    """Another row of the split has the same id."""
+    """No two rows of a split have the same id."""
     return "a row before it has the same id" if id_digest(row) in seen.ids else None
 
 
 def duplicate_row(row: dict[str, Any], seen: Seen) -> str | None:
-    """The same picture with the same conversation was there before."""
+    """No row has the picture and the conversation of a row before it."""
     return "a row before it has the same picture and conversation" if row_digest(row) in seen.rows else None
 
 
 def image_in_held_out(picture: Fingerprint, held_out: SeenPictures) -> str | None:
-    """A picture to train on whose pixels are those of a held-out one."""
+    """No row to train on shows a held-out picture."""
     number = held_out.numbers.get(picture.pixels)
     return None if number is None else f"it is the held-out picture {number}"
 
 
 def image_near_held_out(picture: Fingerprint, held_out: SeenPictures, distance: int) -> str | None:
-    """A picture to train on that looks like a held-out one: re-encoded, resized or mirrored."""
+    """No row to train on shows a picture that looks like a held-out one: re-encoded, resized or mirrored."""
     number = held_out.near(picture, distance)
     return None if number is None else f"it looks like the held-out picture {number}"
 
 
 def image_repeated(picture: Fingerprint, seen: SeenPictures) -> str | None:
-    """The same picture was shown before (refused only if data.repeated_images=refuse)."""
+    """No picture is shown twice (if data.repeated_images=refuse)."""
     number = seen.numbers.get(picture.pixels)
     return None if number is None else f"picture {number} of the split has the same pixels"
 
 
 def image_near_repeated(picture: Fingerprint, seen: SeenPictures, distance: int) -> str | None:
-    """A picture that looks like one shown before (refused only if data.repeated_images=refuse)."""
+    """No picture looks like one shown before (if data.repeated_images=refuse)."""
     number = seen.near(picture, distance)
     return None if number is None else f"it looks like picture {number} of the split"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -47,21 +48,31 @@ def test_every_reason_says_in_one_sentence_what_is_asked_of_a_row() -> None:
     assert not set(REASONS) & set(leakage.REASONS)
 
 
+CODE = {path: path.read_text(encoding="utf-8") for path in Path(llava_pipeline.data.__path__[0]).rglob("*.py")}
+TELLS = ("RowRefused", "ImageRefused", "Broken", "refuse_if", "Element", "Group")
+"""Whatever takes a reason as one of its arguments."""
+
+
 def reasons_in_the_code() -> set[str]:
     """Every constant that is given as the reason of a refusal."""
-    named = {"malformed"}  # told by a class of its own
-    for path in Path(llava_pipeline.data.__path__[0]).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            match node:
-                case ast.Call(
-                    ast.Name("RowRefused" | "ImageRefused" | "Broken" | "refuse_if"), [ast.Constant(str(reason)), *_]
-                ):
-                    named.add(reason)
-    return named | set(STRUCTURE)
+    named: set[str] = set()
+    for text in CODE.values():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in TELLS:
+                parts = [part for argument in node.args for part in ast.walk(argument)]
+                constants = [part.value for part in parts if isinstance(part, ast.Constant)]
+                named |= {value for value in constants if isinstance(value, str) and re.fullmatch("[a-z_]+", value)}
+    return named
 
 
 def test_every_reason_named_in_the_code_is_listed() -> None:
-    assert reasons_in_the_code() == set(REASONS)
+    assert {"image_missing", "text_too_long", "image_unreadable", "shard_unreadable"} <= reasons_in_the_code()
+    assert reasons_in_the_code() <= set(REASONS)
+
+
+def test_every_reason_listed_is_named_in_the_code() -> None:
+    others = "".join(text for path, text in CODE.items() if path.name != "checks.py")
+    assert [reason for reason in REASONS if reason not in STRUCTURE and f'"{reason}"' not in others] == []
 
 
 def test_a_check_that_no_source_tells_is_a_function_of_the_reasons_name() -> None:
@@ -196,3 +207,9 @@ def test_the_image_gate_raises_its_own_kind_of_refusal() -> None:
         decode(b"no picture")
     assert caught.value.reason == "image_unreadable"
     assert str(caught.value) == f"image_unreadable: {caught.value.detail}"
+
+
+def test_the_page_on_data_lists_every_reason_with_its_sentence() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    for reason, sentence in (checks.REASONS | leakage.REASONS).items():
+        assert f"| `{reason}` | {sentence} |" in page

@@ -409,17 +409,18 @@ def test_a_refusal_in_the_middle_is_final(hub: Hub) -> None:
     assert time.monotonic() - began < 5
 
 
-def test_other_repositories_are_asked_for_as_before(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["owner/model", "datasets/owner/other"])
+def test_other_repositories_are_asked_for_as_before(hub: Hub, place: str) -> None:
     import huggingface_hub
     from huggingface_hub import errors
 
     a_reader()
     hub.faults.append(Fault(503, times=99))
-    hub.add("owner/model", COMMIT, {"config.json": b"{}"})
+    hub.add(place.removeprefix("datasets/"), COMMIT, {"config.json": b"{}"})
+    url = f"{hub.endpoint}/{place}/resolve/main/config.json"
     with pytest.raises(errors.HfHubHTTPError, match="503"):
-        huggingface_hub.get_hf_file_metadata(
-            f"{hub.endpoint}/owner/model/resolve/main/config.json", retry_on_errors=False
-        )
+        huggingface_hub.get_hf_file_metadata(url, retry_on_errors=False)
+    assert hub.faults[0].times == 98
 
 
 # ------------------------------------------------------------------------------------------------ files that are wrong

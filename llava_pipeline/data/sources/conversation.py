@@ -19,6 +19,13 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 FindPictures = Callable[[list[Any]], "list[bytes] | Broken"]
 
 
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
 def row_of(data: bytes, default_id: str, folder: Path) -> Row | Broken:
     """One JSON object as a row whose pictures lie below ``folder``, or why it is none."""
     row_id, digest = default_id, hashlib.sha256(data).hexdigest()
@@ -64,7 +71,7 @@ def parse(data: bytes) -> dict[str, Any]:
         Malformed: they are no UTF-8, no JSON, no object; NaN and Infinity are no JSON either.
     """
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        value = _JSON.decode(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise Malformed(f"not UTF-8 at byte {error.start}") from error
     except RecursionError as error:
@@ -162,7 +169,3 @@ def _names_in_llava(value: dict[str, Any]) -> list[Any]:
     if not isinstance(image, (str, list)):
         raise Malformed(f"image is neither a path nor a list of paths but {type(image).__name__}")
     return image if isinstance(image, list) else [image]
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number of JSON")
