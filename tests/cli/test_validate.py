@@ -62,7 +62,7 @@ def test_a_llava_file_is_accounted_for_row_by_row(command: Command, llava: Path)
     assert document["train"]["rejected"] == BROKEN
     assert document["train"]["num_read"] + document["held_out"]["num_read"] == 40
     assert document["train"]["num_left"] == 0
-    assert "image_missing" in Path(document["report"]).read_text(encoding="utf-8")
+    assert "image_missing" in Path(document["report"]).read_text(encoding="utf-8").replace("<wbr>", "")
 
 
 def test_too_many_refusals_fail_the_command_but_not_the_report(command: Command, llava: Path, tmp_path: Path) -> None:

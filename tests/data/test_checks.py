@@ -54,14 +54,16 @@ TELLS = ("RowRefused", "ImageRefused", "Broken", "refuse_if", "Element", "Group"
 
 
 def reasons_in_the_code() -> set[str]:
-    """Every constant that is given as the reason of a refusal."""
+    """Every constant that is given as the reason of a refusal; all but ``malformed`` are of several words."""
     named: set[str] = set()
     for text in CODE.values():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in TELLS:
                 parts = [part for argument in node.args for part in ast.walk(argument)]
                 constants = [part.value for part in parts if isinstance(part, ast.Constant)]
-                named |= {value for value in constants if isinstance(value, str) and re.fullmatch("[a-z_]+", value)}
+                named |= {
+                    value for value in constants if isinstance(value, str) and re.fullmatch("[a-z]+(_[a-z]+)+", value)
+                }
     return named
 
 

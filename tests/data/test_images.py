@@ -300,6 +300,15 @@ def test_what_is_transparent_is_white_and_half_of_it_is_half_white(mode: str) ->
     assert shown.getpixel((0, 0)) == (127, 127, 127)
 
 
+def test_what_a_lossy_webp_hides_is_white() -> None:
+    image = Image.new("RGBA", (WIDTH, HEIGHT), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, WIDTH // 2, HEIGHT))
+    data = encoded(image, "WEBP", quality=80)
+    assert b"ALPH" in data
+    shown = decode(data)
+    assert (shown.getpixel((0, 0)), shown.getpixel((WIDTH - 1, 0))) == ((0, 0, 0), WHITE)
+
+
 @pytest.mark.parametrize("format", ["PNG", "GIF"])
 def test_a_transparent_colour_of_a_palette_is_white(format: str) -> None:
     image = Image.new("P", (WIDTH, HEIGHT), 0)
@@ -499,6 +508,7 @@ def test_frames_that_are_not_shown_may_be_broken() -> None:
         (made.webp_film(16, 16, made.riff(b"ANMF", bytes(40))), "no picture in its first frame"),
         (b"GIF89a" + struct.pack("<HHBBB", 16, 16, 0, 0, 0) + b"!\xfe\2hi\0;", "no picture"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_frame_that_contradicts_its_canvas_is_refused(data: bytes, detail: str) -> None:
     with pytest.raises(ImageRefused, match=f"image_unreadable: .*{detail}"):

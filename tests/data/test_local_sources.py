@@ -28,6 +28,7 @@ from llava_pipeline.data.sources import conversation, jsonl, open_source
 from llava_pipeline.data.sources.folder import FolderReader
 from llava_pipeline.data.sources.llava_json import CHUNK, elements
 from llava_pipeline.data.sources.local import choose
+from llava_pipeline.data.sources.named import source_named
 from llava_pipeline.data.sources.reader import PIECE_ROWS, Broken, Reader
 from llava_pipeline.errors import NotFound, RevisionMoved, SourceUnavailable
 from llava_pipeline.spec import (
@@ -253,6 +254,39 @@ def test_files_that_were_changed_behind_a_place_are_noticed(long_source: Source)
     place = Cursor(shard=last.shard, row=5000, behind=reader.behind(last.shard))
     with pytest.raises(RevisionMoved, match="of which 5000 were read before"):
         list(reader.pieces(place))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path, numbers: parquet(path.with_suffix(".parquet"), numbers, 3),
+        lambda path, numbers: Path(lines(path.with_suffix(".jsonl"), *map(vsft, numbers)).path),
+        lambda path, numbers: Path(array(path.with_suffix(".json"), *map(llava, numbers)).path),
+        lambda path, numbers: Path(tar(path.with_suffix(".tar"), *captioned(*numbers)).path),
+    ],
+)
+def test_a_file_may_be_added_behind_a_place_but_none_changed_before_it(
+    tmp_path: Path, write: Callable[[Path, range], Path]
+) -> None:
+    folder = tmp_path / "mix"
+    folder.mkdir()
+    first = write(folder / "0", range(6))
+    source = source_named(str(write(folder / "1", range(6, 12)))).model_copy(update={"path": str(folder)})
+    reader = open_source(source, "train")
+    shard = next(piece.shard for piece in reader.pieces(Cursor()) if piece.name.startswith("1."))
+    place = Cursor(shard=shard, row=2, behind=reader.behind(shard))
+    assert answers(read(source, start=place)) == ["8", "9", "10", "11"]
+    write(folder / "2", range(12, 14))
+    assert answers(read(source, start=place)) == ["8", "9", "10", "11", "12", "13"]
+    content = first.read_bytes()
+    write(folder / "0", range(20))  # a tar grows by 10 KB at a time
+    with pytest.raises(RevisionMoved, match=f"before shard {shard} are not those"):
+        read(source, start=place)
+    first.write_bytes(content)
+    assert len(read(source, start=place)) == 6
+    first.rename(folder / f"00{first.suffix}")
+    with pytest.raises(RevisionMoved, match=f"before shard {shard} are not those"):
+        read(source, start=place)
 
 
 SOURCES: list[tuple[Callable[[Path], Source], str]] = [
@@ -683,7 +717,12 @@ def test_a_row_with_a_million_pictures_reads_none(tmp_path: Path) -> None:
     names = ["a.png"] * 1000
     source = lines(tmp_path / "a.jsonl", llava(0, conversations=many), llava(1, image=names), vsft(2, images=names))
     (tmp_path / "a.png").unlink()
-    assert reasons(read(source)) == ["image_count_mismatch", "image_count_mismatch", "not_one_image"]
+    tracemalloc.start()
+    try:
+        assert reasons(read(source)) == ["image_count_mismatch", "image_count_mismatch", "not_one_image"]
+        assert tracemalloc.get_traced_memory()[1] < 60_000_000  # the row alone has 7 MB; a million items have 200
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_line_or_element_that_is_too_long_is_refused_without_being_held(

@@ -24,6 +24,7 @@ from PIL import Image
 from llava_pipeline.contracts import Cursor, Snapshot, ValidatedData
 from llava_pipeline.data import checks, leakage, report
 from llava_pipeline.data.report import survey
+from llava_pipeline.data.report.facts import spread
 from llava_pipeline.data.report.histogram import MAX_BINS, histogram, quantile
 from llava_pipeline.data.report.tables import cell
 from llava_pipeline.errors import MissingArtifact
@@ -363,6 +364,7 @@ import sys
 import pyarrow as pa
 from llava_pipeline.contracts import Snapshot
 from llava_pipeline.data.report import survey
+from llava_pipeline.data.report.facts import spread
 pools = []  # kept: what Arrow has not freed yet goes back to its own pool
 for line in sys.stdin:
     snapshot = Snapshot.model_validate_json(line)
@@ -406,6 +408,13 @@ def test_one_stray_value_does_not_flatten_the_rest() -> None:
     assert made.open_end
     assert made.num_bins >= 8
     assert made.counts[0][-1] >= 1
+
+
+def test_a_spread_has_no_picture_without_pixels() -> None:
+    assert (
+        spread(Counter([0, 64, 1630]), "megapixels", 1000) == "under 0.001 to 1.63 megapixels, half of them up to 0.064"
+    )
+    assert spread(Counter([28, 28]), "tokens") == "all 28 tokens"
 
 
 def test_quantiles_are_values_that_exist() -> None:

@@ -74,7 +74,8 @@ def spread(values: Counter[int], unit: str = "", scale: int = 1) -> str:
     if low == high:
         return f"all {number(low, scale)} {unit}".strip()
     half = number(quantile(values, 0.5), scale)
-    return f"{number(low, scale)} to {f'{number(high, scale)} {unit}'.strip()}, half of them up to {half}"
+    lowest = number(low, scale) if low or scale == 1 else f"under {number(1, scale)}"
+    return f"{lowest} to {f'{number(high, scale)} {unit}'.strip()}, half of them up to {half}"
 
 
 def _with_share(part: int, whole: int) -> str:

@@ -67,7 +67,7 @@ def _refused(sides: Sequence[Side]) -> str:
         )
         for reason in given
     ]
-    caption = "Each reason with its rule; the first that applies to a row counts. Shares are of the refused rows"
+    caption = "Each reason with its rule; the first that a row breaks counts. Shares are of the refused rows"
     return f"{title}{table(caption, 'Reason', sides, rows)}{_examples(sides, given)}"
 
 
