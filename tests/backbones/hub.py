@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
@@ -134,6 +135,7 @@ def follow(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits 40 ms for its headers to be acknowledged
 
     def setup(self) -> None:
         """Remember the connection, so that the hub can end it."""
@@ -178,7 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
         if name not in files:
             self._refuse(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
             return
-        digest = hashlib.sha256(files[name]).hexdigest()
+        digest = _sha256(files[name])
         headers = {"X-Repo-Commit": commit, "ETag": f'"{digest[:40]}"'}
         if name.endswith(LARGE):
             headers |= {"X-Linked-Size": str(len(files[name])), "X-Linked-ETag": f'"{digest}"', "Content-Length": "0"}
@@ -275,6 +277,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
 
+@lru_cache(64)
+def _sha256(content: bytes) -> str:
+    """Digest of a file, reckoned once: many requests ask for it."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def _tree(files: dict[str, bytes], folder: str, recursive: bool) -> list[dict[str, Any]]:
     """What lies in a folder, as the hub lists it."""
     start = f"{folder}/" if folder else ""
@@ -295,7 +303,7 @@ def _entry(path: str, content: bytes) -> dict[str, Any]:
     """One file: git's name for its content, or for the pointer to it where the content lies in the storage."""
     entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content)}
     if path.endswith(LARGE):
-        digest = hashlib.sha256(content).hexdigest()
+        digest = _sha256(content)
         entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 130}
         content = f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize {len(content)}\n".encode()
     return entry | {"oid": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}

@@ -181,6 +181,10 @@ def test_a_special_token_in_two_items_is_found(processor: Processor) -> None:
 def test_the_cap_on_text_is_in_bytes_and_the_last_byte_counts() -> None:
     most = checks.MAX_BYTES_PER_TOKEN * 100
     assert checks.text_too_long(talk_of("\u20ac" * ((most - 4) // 3)), 100) is None  # 6,396 bytes and "red"
+    assert (
+        checks.text_too_long(talk_of("\u20ac" * ((most - 1) // 3)), 100)
+        == "6402 bytes, at most 64 for each of 100 tokens"
+    )
     assert checks.text_too_long(talk_of("a" * (most - 3)), 100) is None
     assert (
         checks.text_too_long(talk_of("a" * (most - 2)), 100) == f"{most + 1} bytes, at most 64 for each of 100 tokens"

@@ -739,6 +739,11 @@ def test_a_line_or_element_that_is_too_long_is_refused_without_being_held(
         rows = read(source)
         assert (reasons(rows), answers(rows)) == (["", "malformed", ""], ["0", "2"])
         assert "of more than 10000 bytes" in details(rows)[0]
+    with (tmp_path / "a.json").open("rb") as array_file, (tmp_path / "a.jsonl").open("rb") as lines_file:
+        assert max(len(element.data) for element in elements(array_file)) == 10_001
+        assert max(len(line) for _, line in jsonl.lines(lines_file)) <= 10_001
+    just_fits = json.dumps(vsft(1)).encode().ljust(10_000)
+    assert answers(read(lines(tmp_path / "a.jsonl", vsft(0), just_fits, vsft(2)))) == ["0", "1", "2"]
 
 
 def test_an_id_that_is_no_name_is_replaced(tmp_path: Path) -> None:

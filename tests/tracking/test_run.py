@@ -116,7 +116,7 @@ def test_values(spec: RunSpec, make_evaluation: MakeEvaluation, settings: Settin
     assert [(point.step, point.value) for point in curve] == [(1, 3.0), (2, 1.5), (3, 1.0)]
     assert [b.timestamp - a.timestamp for a, b in pairwise(curve)] == [500, 500]
     digests = {given.dataset.digest for given in run.inputs.dataset_inputs}
-    assert digests == {"c" * 32, "d" * 32}
+    assert digests == {rows.digest[:32] for rows in (evaluation.projector.data.rows, evaluation.held_out.rows)}
 
 
 def test_files_come_back(spec: RunSpec, make_evaluation: MakeEvaluation, settings: Settings, tmp_path: Path) -> None:

@@ -51,6 +51,6 @@ def lines(file: BinaryIO, offset: int = 0) -> Iterator[tuple[int, bytes]]:
         while len(rest) > MAX_JSON_BYTES and not rest.endswith(b"\n"):
             rest = file.readline(MAX_JSON_BYTES + 1)
             offset += len(rest)
-        content = line.removeprefix(BOM) if here == 0 else line
-        if len(line) > MAX_JSON_BYTES or content.strip():
+        content = (line.removeprefix(BOM) if here == 0 else line).removesuffix(b"\n")
+        if len(content) > MAX_JSON_BYTES or content.strip():
             yield here, content
