@@ -22,7 +22,7 @@ from prefect.tasks import exponential_backoff
 
 from flows.retries import will_pass
 from llava_pipeline.contracts import AssembledModel, CheckedPiece, Piece, ValidatedData
-from llava_pipeline.errors import MissingArtifact, SpecError
+from llava_pipeline.errors import MissingArtifact, SpecError, WorkerDied
 from llava_pipeline.spec import DataSpec, Split, WorkersSpec
 
 AnyRunner = TaskRunner[Any]
@@ -60,10 +60,15 @@ def dask_runner(spec: WorkersSpec) -> AnyRunner:
     logging.getLogger("distributed").setLevel(logging.ERROR)  # a cluster of ours tells every coming and going
     if spec.address is not None:
         return DaskTaskRunner(address=spec.address)
-    any_port = "127.0.0.1:0"  # Dask's own choice for the dashboard is one port for everybody, open to the network
-    return DaskTaskRunner(
-        cluster_kwargs={"n_workers": spec.num, "threads_per_worker": 1, "dashboard_address": any_port}
-    )
+    cluster = {
+        "n_workers": spec.num,
+        "threads_per_worker": 1,
+        "dashboard_address": "127.0.0.1:0",  # not Dask's one port for everybody, open to the network
+        # Dask would run a dead worker's piece again; as a task run of Prefect 3.8 it then closes the next worker too,
+        # and in the end the run waits for ever.
+        "scheduler_kwargs": {"allowed_failures": 0},
+    }
+    return DaskTaskRunner(cluster_kwargs=cluster)
 
 
 def ray_runner(spec: WorkersSpec) -> AnyRunner:
@@ -131,10 +136,20 @@ def validate_with_workers(model: AssembledModel, spec: DataSpec, num_held_out: i
 
     Raises:
         SpecError: see ``task_runner``.
+        WorkerDied: a worker was killed.
         Whatever ``validate_stream`` raises.
     """
-    with one_server_for_all():
-        return validate_pieces.with_options(task_runner=task_runner(spec.workers))(model, spec, num_held_out)
+    checked = validate_pieces.with_options(task_runner=task_runner(spec.workers))
+    try:
+        with one_server_for_all():
+            return checked(model, spec, num_held_out)
+    except Exception as error:
+        if type(error).__name__ != "KilledWorker":  # Dask's, and Dask may not be installed
+            raise
+        raise WorkerDied(
+            "a worker of the Dask cluster was killed while it checked a piece, perhaps for its memory; run again (what "
+            "is checked is kept), with fewer workers if it happens again"
+        ) from error
 
 
 @contextmanager

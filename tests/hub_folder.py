@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from transformers import CLIPConfig, CLIPModel
 
 from llava_pipeline.backbones.fetch import fetch
+from llava_pipeline.data import scenes
+from llava_pipeline.data.record import Row
 from llava_pipeline.spec import load_spec
 from llava_pipeline.store import open_artifact
-from tests.data.test_sources import shard, vsft_row
+
+ITEM = pa.struct([("index", pa.int64()), ("text", pa.string()), ("type", pa.string())])
+VSFT = pa.schema([
+    ("messages", pa.list_(pa.struct([("content", pa.list_(ITEM)), ("role", pa.string())]))),
+    ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
+])  # fmt: skip
+
+
+def vsft_row(number: int) -> Row:
+    """A row as ``HuggingFaceH4/llava-instruct-mix-vsft`` has them: there the picture may stand after the text."""
+    items = [
+        {"index": None, "text": f"What is number {number}?\n", "type": "text"},
+        {"index": 0, "text": None, "type": "image"},
+    ]
+    answer = {"index": None, "text": f"number {number}", "type": "text"}
+    messages = [{"content": items, "role": "user"}, {"content": [answer], "role": "assistant"}]
+    picture = scenes.draw(scenes.scene_at(0, "train", number)[0])
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG")
+    return {"messages": messages, "images": [{"bytes": buffer.getvalue(), "path": None}]}
+
+
+def shard(path: Path, rows: list[Row]) -> None:
+    """A Parquet file of rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, VSFT), path)
 
 
 def lay_out(root: Path) -> Path:

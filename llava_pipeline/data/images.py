@@ -55,7 +55,7 @@ class ImageRefused(Exception):
 def decode(data: bytes) -> Image.Image:
     """Bytes of a picture to an upright RGB image: first frame, alpha on white, 16 bits scaled to 8.
 
-    Bytes decide alone: no setting of Pillow and no warning filter changes what is accepted. Safe to call from threads.
+    Bytes decide alone, not a warning filter or Pillow's LOAD_TRUNCATED_IMAGES. Threads may decode side by side.
 
     Raises:
         ImageRefused: ``image_too_many_bytes``, ``image_unreadable``, ``image_too_many_pixels``, ``image_too_long`` or
@@ -133,11 +133,10 @@ def _grey(shade: np.ndarray[Any, np.dtype[np.float64]]) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    shown = Image.new("RGB", image.size)
+    shown = Image.new("RGB", image.size, "white")
     for top in range(0, image.height, BAND):
         band = image.crop((0, top, image.width, min(top + BAND, image.height))).convert("RGBA")
-        white = Image.new("RGBA", band.size, (255, 255, 255, 255))
-        shown.paste(Image.alpha_composite(white, band).convert("RGB"), (0, top))
+        shown.paste(band, (0, top), band)
     return shown
 
 

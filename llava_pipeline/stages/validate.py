@@ -66,9 +66,7 @@ def validate_stream(
     return data
 
 
-def snapshots(
-    model: AssembledModel, spec: DataSpec, num_held_out: int, submit: Submit | None = None
-) -> ValidatedData:
+def snapshots(model: AssembledModel, spec: DataSpec, num_held_out: int, submit: Submit | None = None) -> ValidatedData:
     """As ``validate_stream``; where the source has no split of its own, perhaps no row is held out."""
     test, train = (open_source(spec.source, split, spec.patience_seconds) for split in ("test", "train"))
     start = where_the_last_run_stopped(model, train.origin) if spec.increment else Cursor()

@@ -504,6 +504,32 @@ def test_a_text_that_is_not_utf8_spoils_its_own_row_only(tmp_path: Path) -> None
     assert (reasons(rows), details(rows)) == (["", "malformed", ""], ["a text is not UTF-8"])
 
 
+def test_two_pieces_of_a_row_group_can_be_read_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llava_pipeline.data.sources.parquet.BATCH_BYTES", 2000)
+    parquet(tmp_path / "a.parquet", range(3 * PIECE_ROWS), 3 * PIECE_ROWS)
+    reader = open_source(ParquetSource(path=str(tmp_path)), "train")
+    first, second, third = reader.pieces(Cursor())
+    assert len(list(reader.rows(first))) == PIECE_ROWS  # which leaves the row group open behind it
+    pairs = list(zip(reader.rows(second), reader.rows(third), strict=True))
+    assert answers([row for row, _ in pairs]) == [f"{n}" for n in range(PIECE_ROWS, 2 * PIECE_ROWS)]
+    assert answers([row for _, row in pairs]) == [f"{n}" for n in range(2 * PIECE_ROWS, 3 * PIECE_ROWS)]
+
+
+def test_a_footer_that_contradicts_itself_is_not_believed(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "a.parquet", range(8))
+    data = path.read_bytes()
+    num_rows = b"\x16\x10\x19"  # 8, between the schema and the row groups of 4
+    assert data.count(num_rows) == 1
+    path.write_bytes(data.replace(num_rows, b"\x16\x12\x19"))
+    rows = read(ParquetSource(path=str(path)))
+    assert (reasons(rows), details(rows)) == (
+        ["shard_unreadable"],
+        ["a.parquet: the footer contradicts itself about the number of rows"],
+    )
+
+
 def test_a_row_group_is_decoded_once_by_one_who_reads_its_pieces_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_pipeline.data.snapshot import Rows, png
+from llava_pipeline.data.snapshot import Rows
 from llava_pipeline.evaluation.evaluate import Asked, answers, first_round, losses, picture_features, shuffled, stop_ids
 from llava_pipeline.evaluation.generate import answer
 from llava_pipeline.model.assemble import Llava
@@ -20,6 +21,12 @@ from tests.tiny import CONVERSATIONS, NUM_PICTURES, encoded, pictures, talk
 
 MAX_NEW_TOKENS = 8
 IMAGE = [k % NUM_PICTURES for k in range(len(CONVERSATIONS))]
+
+
+def png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def prompts_of(llava: Llava) -> list[list[int]]:

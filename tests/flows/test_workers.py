@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -20,15 +22,15 @@ from prefect.client.schemas.filters import (
     FlowRunFilterId,
 )
 from prefect.client.schemas.objects import FlowRun, TaskRun
-from prefect.settings import PREFECT_TASKS_REFRESH_CACHE, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_TASKS_REFRESH_CACHE, temporary_settings
 
 import flows.stages
 import flows.workers
 from flows.stages import may_change_underneath, show_report, validate_stream
-from flows.workers import task_runner
-from llava_pipeline.contracts import AssembledModel, CheckedPiece, ValidatedData
+from flows.workers import one_server_for_all, task_runner
+from llava_pipeline.contracts import AssembledModel, CheckedPiece, Piece, ValidatedData
 from llava_pipeline.data.sources import procedural
-from llava_pipeline.errors import SourceUnavailable, SpecError
+from llava_pipeline.errors import SourceUnavailable, SpecError, WorkerDied
 from llava_pipeline.spec import DataSpec, RunSpec, WorkersSpec, load_spec
 from llava_pipeline.stages import assemble, fetch, validate
 
@@ -158,6 +160,34 @@ def test_what_another_try_will_not_mend_is_not_tried_again(
     failing(monkeypatch, SpecError("no"), times=1)
     with pytest.raises(SpecError, match="no"):
         checked_anew(model, data_spec())
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_workers_are_told_the_server_of_the_run_where_no_setting_names_one() -> None:
+    @prefect.flow
+    def told() -> tuple[str, str | None]:
+        server = PREFECT_API_URL.value()
+        with temporary_settings({PREFECT_API_URL: None}), one_server_for_all():
+            return server, PREFECT_API_URL.value()
+
+    server, passed_on = told()
+    assert passed_on is not None
+    assert passed_on.rstrip("/") == server.rstrip("/")
+
+
+def die(model: AssembledModel, spec: DataSpec, split: str, piece: Piece) -> None:
+    """What the kernel does to a process that takes too much memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["processes", "dask"])
+def test_a_worker_that_is_killed_ends_the_run_with_the_reason(
+    kind: Kind, model: AssembledModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flows.workers, "check_piece", prefect.Task(die, persist_result=False))
+    with pytest.raises(WorkerDied, match=r"was killed.*run again"):
+        checked_anew(model, data_spec(kind))
 
 
 @pytest.mark.parametrize("kind", ["dask", "ray"])

@@ -242,12 +242,12 @@ def _python(batch: Any) -> Iterator[dict[str, Any] | None]:
 
 
 def _told(path: Path, error: Exception) -> str:
-    """What Arrow found, without the place of the file on this machine.
+    """What Arrow found in a file.
 
     Raises:
         SourceUnavailable: it is not the file's fault: the system does not give it.
     """
     if isinstance(error, OSError) and error.errno is not None:
         raise unreadable(path, error) from error
-    words = (str(error).strip() or type(error).__name__).splitlines()[0].replace(str(path), path.name)
+    words = (str(error).strip() or type(error).__name__).splitlines()[0]
     return f"{path.name}: {printable(words)}"
