@@ -161,7 +161,7 @@ def assemble_and_freeze(backbones: Backbones, spec: ModelSpec) -> AssembledModel
     return assemble.assemble_and_freeze(backbones, spec)
 
 
-@stage("llava_pipeline.stages.validate", minutes=360, retries=2)
+@stage("llava_pipeline.stages.validate", minutes=360)  # a piece is tried again itself
 def validate_stream(model: AssembledModel, spec: DataSpec, num_held_out: int) -> ValidatedData:
     data = validate_with_workers(model, spec, num_held_out)
     show_report(data)

@@ -127,8 +127,9 @@ def check_piece(model: AssembledModel, spec: DataSpec, split: Split, piece: Piec
 def validate_pieces(model: AssembledModel, spec: DataSpec, num_held_out: int) -> ValidatedData:
     """The stage's work with every piece a task run; the task runner is put in by ``validate_with_workers``."""
     from llava_pipeline.stages import validate
+    from llava_pipeline.stages.last_place import where_the_last_run_stopped
 
-    return validate.validate_stream(model, spec, num_held_out, check_piece.submit)
+    return validate.validate_stream(model, spec, num_held_out, where_the_last_run_stopped, check_piece.submit)
 
 
 def validate_with_workers(model: AssembledModel, spec: DataSpec, num_held_out: int) -> ValidatedData:

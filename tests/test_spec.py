@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 import llava_pipeline.spec
 from llava_pipeline.errors import SpecError
-from llava_pipeline.spec import Frozen, HubSource, RunSpec, load_spec, profile_names, read_profile
+from llava_pipeline.spec import Frozen, HubSource, ParquetSource, RunSpec, load_spec, profile_names, read_profile
 
 PARTS = [
     part
@@ -91,8 +91,11 @@ def a_shard(folder: Path) -> None:
 
 
 def path_of(spec: RunSpec) -> str | None:
+    """Of the Parquet files that stand in for the hub; None where it is the hub itself."""
+    if isinstance(spec.data.source, ParquetSource):
+        return spec.data.source.path
     assert isinstance(spec.data.source, HubSource)
-    return spec.data.source.path
+    return None
 
 
 @pytest.mark.parametrize("below", ["", "data"])
@@ -113,9 +116,9 @@ def test_a_folder_without_the_data_set_leaves_it_on_the_hub(tmp_path: Path) -> N
     assert path_of(load_spec("budget")) is None
 
 
-def test_a_path_that_was_named_is_kept(tmp_path: Path) -> None:
+def test_a_source_that_was_named_is_kept(tmp_path: Path) -> None:
     a_shard(tmp_path / VSFT)
-    overrides = [f"backbones.source={tmp_path}", "data.source.path=elsewhere"]
+    overrides = [f"backbones.source={tmp_path}", "data.source={kind: parquet, path: elsewhere}"]
     assert path_of(load_spec("budget", overrides)) == "elsewhere"
 
 

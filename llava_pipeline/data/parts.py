@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from llava_pipeline.data.examine import Accepted, RowRefused, examine
 from llava_pipeline.data.sources.reader import Reader
 from llava_pipeline.model.processor import Processor
 from llava_pipeline.spec import DataSpec
-from llava_pipeline.store import home, tell_disk_full
+from llava_pipeline.store import home, tell_disk_full, write_text
 
 BATCH_ROWS = 128
 BATCH_BYTES = 16 << 20
@@ -57,6 +58,15 @@ def folder_for(reader: Reader, model: AssembledModel, spec: DataSpec) -> Path:
     return home() / "parts" / hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def forget_if_changed(folder: Path, stamp: str) -> None:
+    """Remove the parts of files that have changed since, as their stamp tells."""
+    noted = folder / "STAMP"
+    if folder.exists() and (noted.read_text(encoding="utf-8") if noted.exists() else "") != stamp:
+        shutil.rmtree(folder)
+    if stamp:
+        write_text(noted, stamp)
+
+
 @functools.cache
 def _code() -> str:
     """Digest of the code that makes parts. Read once: it parses some twenty files."""
@@ -75,7 +85,7 @@ def check(reader: Reader, piece: Piece, processor: Processor, spec: DataSpec, fo
         try:
             known = _write(path, (_line(row, processor, spec) for row in reader.rows(piece)))
         except OSError as error:
-            tell_disk_full(error, folder)
+            tell_disk_full(error, folder.parent)
             raise
     return CheckedPiece(piece=piece, part=f"{folder.name}/{path.name}", num_read=known[0], num_refused=known[1])
 

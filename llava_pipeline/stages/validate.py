@@ -25,7 +25,7 @@ from llava_pipeline.data import parts
 from llava_pipeline.data.fingerprint import SeenPictures
 from llava_pipeline.data.snapshot import leading_reasons, take
 from llava_pipeline.data.sources import open_source
-from llava_pipeline.data.sources.reader import Reader
+from llava_pipeline.data.sources.reader import Reader, stamp_of
 from llava_pipeline.errors import DamagedArtifact, NothingToLearn, SpecError, WorkerDied
 from llava_pipeline.model.processor import Processor
 from llava_pipeline.model.read_processor import processor_of
@@ -46,18 +46,25 @@ class Pending(Protocol):
 
 
 Submit = Callable[[AssembledModel, DataSpec, Split, Piece], Pending]
+LastPlace = Callable[[AssembledModel, str], Cursor]  # of a model and an origin, where an increment begins
 
 
 def validate_stream(
-    model: AssembledModel, spec: DataSpec, num_held_out: int, submit: Submit | None = None
+    model: AssembledModel,
+    spec: DataSpec,
+    num_held_out: int,
+    last_place: LastPlace,
+    submit: Submit | None = None,
 ) -> ValidatedData:
     """A snapshot to train on, and one that is held out; the first shows no picture of the second.
+
+    ``last_place`` is asked where the last run stopped if the spec asks for an increment.
 
     Raises:
         SourceUnavailable: out of reach for longer than the spec's patience; what was checked is kept for the next run.
         TooManyRejected, NothingToLearn, NothingNew: see ``data.snapshot.take``; no row is held out.
     """
-    data = snapshots(model, spec, num_held_out, submit)
+    data = snapshots(model, spec, num_held_out, last_place, submit)
     if data.held_out.num_kept == 0:
         raise NothingToLearn(
             f"no picture of {data.held_out.origin} falls into the share that is held out; raise "
@@ -66,32 +73,21 @@ def validate_stream(
     return data
 
 
-def snapshots(model: AssembledModel, spec: DataSpec, num_held_out: int, submit: Submit | None = None) -> ValidatedData:
+def snapshots(
+    model: AssembledModel, spec: DataSpec, num_held_out: int, last_place: LastPlace, submit: Submit | None = None
+) -> ValidatedData:
     """As ``validate_stream``; where the source has no split of its own, perhaps no row is held out."""
+    _reader_of.cache_clear()  # a file may have changed since this process opened it
     test, train = (open_source(spec.source, split, spec.patience_seconds) for split in ("test", "train"))
-    start = where_the_last_run_stopped(model, train.origin) if spec.increment else Cursor()
+    for reader in (test, train):
+        parts.forget_if_changed(parts.folder_for(reader, model, spec), stamp_of(reader.source))
+    start = last_place(model, train.origin) if spec.increment else Cursor()
     with workers(spec.workers) if submit is None else nullcontext(submit) as submit:
         held_out, pictures = snapshot(test, "test", model, spec, num_held_out, Cursor(), None, submit)
         kept, _ = snapshot(train, "train", model, spec, spec.max_samples, start, pictures, submit)
     for reader in (test, train):
         shutil.rmtree(parts.folder_for(reader, model, spec), ignore_errors=True)
     return ValidatedData(train=kept, held_out=held_out)
-
-
-def where_the_last_run_stopped(model: AssembledModel, origin: str) -> Cursor:
-    """The first row that no finished run of this model has read; the beginning where there was no such run."""
-    from llava_pipeline.tracking.reading import last_cursor
-    from llava_pipeline.tracking.settings import load_settings
-
-    cursor = last_cursor(load_settings(), model, origin)
-    log.info(
-        "%s: %s",
-        origin,
-        f"the last run stopped before shard {cursor.shard}, row {cursor.row}"
-        if cursor
-        else "no earlier run has read it",
-    )
-    return cursor or Cursor()
 
 
 def snapshot(

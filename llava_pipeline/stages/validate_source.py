@@ -10,6 +10,7 @@ from llava_pipeline.data.sources.named import source_named
 from llava_pipeline.spec import RunSpec, ScenesSource, WorkersSpec
 from llava_pipeline.stages.assemble import assemble_and_freeze
 from llava_pipeline.stages.fetch import fetch_backbones
+from llava_pipeline.stages.last_place import where_the_last_run_stopped
 from llava_pipeline.stages.validate import EVERYTHING, snapshots
 from llava_pipeline.store import home, write_text
 
@@ -36,7 +37,8 @@ def validate_source(
         "workers": WorkersSpec(kind="processes" if workers > 1 else "threads", num=workers),
     })  # fmt: skip
     model = assemble_and_freeze(fetch_backbones(spec.backbones), spec.model)
-    found = snapshots(model, data, EVERYTHING if limit is None else max(1, limit // HELD_OUT_SHARE))
+    num_held_out = EVERYTHING if limit is None else max(1, limit // HELD_OUT_SHARE)
+    found = snapshots(model, data, num_held_out, where_the_last_run_stopped)
     page = page or home() / "reports" / f"data-{found.train.rows.digest[:12]}.html"
     write_text(page, report.page(found))
     return found, page

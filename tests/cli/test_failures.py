@@ -25,10 +25,11 @@ def first_stages(spec: RunSpec, *_: object) -> tuple[AssembledModel, ValidatedDa
     """Fetch, assemble and validate, without Prefect."""
     from llava_pipeline.stages.assemble import assemble_and_freeze
     from llava_pipeline.stages.fetch import fetch_backbones
+    from llava_pipeline.stages.last_place import where_the_last_run_stopped
     from llava_pipeline.stages.validate import validate_stream
 
     model = assemble_and_freeze(fetch_backbones(spec.backbones), spec.model)
-    return model, validate_stream(model, spec.data, 4)
+    return model, validate_stream(model, spec.data, 4, where_the_last_run_stopped)
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +76,7 @@ LANGUAGE, TOWER = "backbones.language_model", "backbones.vision_tower"
         ([f"{LANGUAGE}={{kind: embedded, name: pocket/vision_tower}}"], "is a clip_vision_model, not a language model"),
         ([f"{TOWER}={{kind: embedded, name: pocket/language_model}}"], "is a llama, not a CLIP vision tower"),
         (["model.vision_feature_layer=-9"], "model.vision_feature_layer=-9, but the tower has"),
-        (["data.source={kind: hub, repo_id: owner/name, path: /nosuch}"], "no train-*.parquet in /nosuch"),
+        (["data.source={kind: parquet, path: /nosuch}"], "/nosuch"),
     ],
 )
 def test_parts_and_folders_that_do_not_fit_are_a_person_s_mistake(
@@ -109,7 +110,8 @@ def test_no_network_and_nothing_cached_is_told_with_a_remedy(command: Command, h
 
 @pytest.mark.usefixtures("no_network")
 def test_no_network_for_the_data_is_told_with_a_remedy(command: Command, home: Path) -> None:
-    told = failed(command, home, 1, "--profile", "tiny", "--set", "data.source={kind: hub, repo_id: owner/name}")
+    data = ("--set", "data.source={kind: hub, repo_id: owner/name}", "--set", "data.patience_seconds=0")
+    told = failed(command, home, 1, "--profile", "tiny", *data)
     assert "cannot read the data set owner/name" in told
     assert "--set data.source=scenes" in told
 
@@ -162,6 +164,6 @@ def test_a_full_disk_is_told_with_a_remedy(home: Path) -> None:
     assert done.stdout.split() == ["1", "1"]
     remedy = "free some, or point LLAVA_PIPELINE_HOME at a larger disk"
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
-        f"error: no space left below {home / 'store' / kind}; {remedy}" for kind in ("backbone", "snapshot")
+        f"error: no space left below {home / folder}; {remedy}" for folder in ("store/backbone", "parts")
     ]
     assert left(home) == []

@@ -36,7 +36,7 @@ def test_parts_and_data_come_from_the_folder_alone(
     parts = model.backbones
     assert parts.vision_tower.origin == "folder:openai/clip-vit-base-patch32"
     assert parts.language_model.origin == "folder:TinyLlama/TinyLlama-1.1B-Chat-v1.0"
-    assert (data.train.origin, data.train.num_kept) == ("folder:llava-instruct-mix-vsft/train", 3)
-    assert (data.held_out.origin, data.held_out.num_kept) == ("folder:llava-instruct-mix-vsft/test", 2)
+    assert (data.train.origin, data.train.num_kept) == ("parquet:llava-instruct-mix-vsft/train", 3)
+    assert (data.held_out.origin, data.held_out.num_kept) == ("parquet:llava-instruct-mix-vsft/test", 2)
     planned = command("plan", *arguments).document
     assert (planned["downloads"], planned["num_trainable"]) == ([], model.num_trainable)

@@ -901,10 +901,11 @@ def test_links_and_devices_are_never_followed(tmp_path: Path, kind: bytes) -> No
     secret = tmp_path / "secret.png"
     secret.write_bytes(a_picture(99))
     link = tarfile.TarInfo("a.jpg")
-    link.type, link.linkname = kind, str(secret)
+    link.type, link.linkname, link.size = kind, str(secret), 2000  # nothing of the sort follows
     rows = read(tar(tmp_path / "s.tar", *captioned(0), ("", link), ("a.txt", b"one"), *captioned(2)))
     assert (reasons(rows), answers(rows)) == (["", "malformed", ""], ["0", "2"])
-    assert details(rows)[0].startswith("a.jpg: ")
+    is_link = kind in (tarfile.SYMTYPE, tarfile.LNKTYPE)
+    assert details(rows) == [f"a.jpg: {'a link is not followed' if is_link else 'not a plain file'}"]
 
 
 def test_folders_and_files_without_a_sample_are_passed_over(tmp_path: Path) -> None:
@@ -920,12 +921,13 @@ def test_every_format_of_names_is_read(tmp_path: Path, format: int) -> None:
     folder = "x" * 120
     key = f"{folder}/{'y' * (60 if format == tarfile.USTAR_FORMAT else 300)}/ä"
     members = [(f"{key}{n}.{end}", data) for n in range(3) for end, data in (("jpg", PICTURE), ("txt", b"one"))]
-    source = tar(tmp_path / "s.tar", *members, format=format)
+    source = tar(tmp_path / "s.tar", *members, *captioned(3), format=format)
     rows = read(source)
     assert [row["id"] for row in rows if isinstance(row, dict)] == [
-        f"webdataset:s.tar/train/s.tar/{key}{n}" for n in range(3)
+        *(f"webdataset:s.tar/train/s.tar/{key}{n}" for n in range(3)),
+        "webdataset:s.tar/train/s.tar/000003",
     ]
-    assert [read(source, start=Cursor(row=n))[0] for n in range(3)] == rows
+    assert [read(source, start=Cursor(row=n))[0] for n in range(4)] == rows
 
 
 def test_shards_joined_with_cat_are_read_whole(tmp_path: Path) -> None:
@@ -946,6 +948,14 @@ def test_the_rest_of_a_truncated_shard_is_one_refused_row_wherever_it_breaks_off
         assert reasons(rows) == [""] * ((length + 511) // size) + ["shard_unreadable"], length
         assert "breaks off at byte" in details(rows)[0]
         assert [read(source, start=Cursor(row=n))[0] for n in range(len(rows))] == rows
+
+
+def test_a_sample_that_is_cut_behind_its_caption_is_part_of_the_rest(tmp_path: Path) -> None:
+    source = tar(tmp_path / "a.tar", *captioned(0, 1), ("000001.json", llava(1)))
+    os.truncate(source.path, 2 * 2048 + 520)
+    rows = read(source)
+    assert (reasons(rows), answers(rows)) == (["", "shard_unreadable"], ["0"])
+    assert details(rows) == ["a.tar: it breaks off at byte 4616, within 000001.json"]
 
 
 def test_damage_between_samples_costs_the_rest_only(tmp_path: Path) -> None:

@@ -23,10 +23,10 @@ from llava_pipeline.data.sources import open_source
 from llava_pipeline.data.sources.reader import PIECE_ROWS
 from llava_pipeline.errors import NothingToLearn, SourceUnavailable, SpecError, WorkerDied
 from llava_pipeline.spec import DataSpec, FolderSource, ScenesSource, Split, WorkersSpec, load_spec
-from llava_pipeline.stages import validate
+from llava_pipeline.stages import validate as stage
 from llava_pipeline.stages.assemble import assemble_and_freeze
 from llava_pipeline.stages.fetch import fetch_backbones
-from llava_pipeline.stages.validate import Done, check_piece, planned, validate_stream
+from llava_pipeline.stages.validate import Done, check_piece, planned
 
 SCENES = ScenesSource(seed=5)
 
@@ -50,6 +50,11 @@ def model(assembled: tuple[Path, AssembledModel], home: Path) -> AssembledModel:
 
 def a_spec(max_samples: int, **changes: Any) -> DataSpec:
     return DataSpec.model_validate({"source": SCENES, "max_samples": max_samples, "max_tokens": 256} | changes)
+
+
+def validate_stream(model: AssembledModel, spec: DataSpec, num_held_out: int, submit: Any = None) -> ValidatedData:
+    """From the beginning."""
+    return stage.validate_stream(model, spec, num_held_out, lambda *_: Cursor(), submit)
 
 
 def digests(data: ValidatedData) -> tuple[str, str]:
@@ -198,11 +203,12 @@ KILLED = """
     import os, sys
     from llava_pipeline.contracts import AssembledModel
     from llava_pipeline.spec import DataSpec
+    from llava_pipeline.contracts import Cursor
     from llava_pipeline.stages.validate import validate_stream
     if __name__ == "__main__":
         model, spec = AssembledModel.model_validate_json(sys.argv[1]), DataSpec.model_validate_json(sys.argv[2])
         print("begun", flush=True)
-        validate_stream(model, spec, 20)
+        validate_stream(model, spec, 20, lambda *_: Cursor())
 """
 
 
@@ -243,21 +249,15 @@ def test_a_worker_that_is_killed_is_told(model: AssembledModel, monkeypatch: pyt
 # --------------------------------------------------------------------------------------------- increments
 
 
-@pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[Cursor]:
-    """Where the last run stopped, as MLflow would tell it; ``tests/tracking/test_reading.py`` asks MLflow itself."""
-    stopped: list[Cursor] = []
-    monkeypatch.setattr(validate, "where_the_last_run_stopped", lambda *_: stopped[-1] if stopped else Cursor())
-    return stopped
-
-
-def test_night_after_night_every_row_is_taken_once_and_the_same_questions_are_held_out(
-    model: AssembledModel, told: list[Cursor]
-) -> None:
+def test_night_after_night_every_row_is_taken_once_and_the_same_questions_are_held_out(model: AssembledModel) -> None:
+    """``tests/tracking/test_reading.py`` asks MLflow for the place; here the test keeps it."""
+    told: list[Cursor] = []
     ids: list[str] = []
     held_out = set()
     for wanted in (40, PIECE_ROWS + 30, 1, 25):
-        data = validate_stream(model, a_spec(wanted, increment=True), 15)
+        data = stage.validate_stream(
+            model, a_spec(wanted, increment=True), 15, lambda *_: told[-1] if told else Cursor()
+        )
         assert data.train.began == (told[-1] if told else Cursor())
         ids += open_rows(data.train.rows).ids
         held_out.add(data.held_out.rows.digest)
@@ -283,3 +283,24 @@ def test_a_source_too_small_to_hold_anything_out_is_told(model: AssembledModel, 
 def test_workers_are_not_part_of_what_a_snapshot_is(model: AssembledModel) -> None:
     data = validate_stream(model, a_spec(5, workers=WorkersSpec(num=2)), 5)
     assert "workers" not in json.dumps(data.model_dump(mode="json"))
+
+
+def test_files_that_changed_after_a_run_was_stopped_are_checked_again(model: AssembledModel, tmp_path: Path) -> None:
+    from llava_pipeline.data import scenes
+
+    for number in range(30):
+        scenes.draw(scenes.scene_at(0, "train", number)[0]).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("a picture")
+    spec = a_spec(20, source=FolderSource(path=str(tmp_path)))
+
+    def stopped(model: AssembledModel, spec: DataSpec, split: Split, piece: Piece) -> Done:
+        if split == "train":
+            raise SourceUnavailable("stopped")
+        return Done(check_piece(model, spec, split, piece))
+
+    with pytest.raises(SourceUnavailable):
+        validate_stream(model, spec, 1, stopped)
+    for number in range(30):
+        (tmp_path / f"{number}.txt").write_text("a picture of shapes")
+    data = validate_stream(model, spec, 1)
+    assert {answer for answers in open_rows(data.train.rows).answers for answer in answers} == {"a picture of shapes"}

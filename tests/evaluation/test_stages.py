@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from llava_pipeline import store
-from llava_pipeline.contracts import AssembledModel, TrainedProjector, ValidatedData
+from llava_pipeline.contracts import AssembledModel, Cursor, TrainedProjector, ValidatedData
 from llava_pipeline.errors import FrozenWeightsChanged
 from llava_pipeline.evaluation.evaluate import picture_features
 from llava_pipeline.model.assemble import Llava
@@ -28,7 +28,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 @pytest.fixture
 def data(assembled: AssembledModel) -> ValidatedData:
-    return validate_stream(assembled, DataSpec(source=ScenesSource(), max_samples=8), 6)
+    return validate_stream(assembled, DataSpec(source=ScenesSource(), max_samples=8), 6, lambda *_: Cursor())
 
 
 def trained_in(precision: str, assembled: AssembledModel, data: ValidatedData) -> TrainedProjector:

@@ -28,7 +28,7 @@ import flows.stages
 import flows.workers
 from flows.stages import may_change_underneath, show_report, validate_stream
 from flows.workers import one_server_for_all, task_runner
-from llava_pipeline.contracts import AssembledModel, CheckedPiece, Piece, ValidatedData
+from llava_pipeline.contracts import AssembledModel, CheckedPiece, Cursor, Piece, ValidatedData
 from llava_pipeline.data.sources import procedural
 from llava_pipeline.errors import SourceUnavailable, SpecError, WorkerDied
 from llava_pipeline.spec import DataSpec, RunSpec, WorkersSpec, load_spec
@@ -79,7 +79,7 @@ def by_one_thread(model: AssembledModel) -> ValidatedData:
     """What no task runner has a part in."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(procedural, "PIECE_ROWS", 16)
-        return validate.validate_stream(model, data_spec(), NUM_HELD_OUT)
+        return validate.validate_stream(model, data_spec(), NUM_HELD_OUT, lambda *_: Cursor())
 
 
 def pieces_of(story_id: str) -> tuple[FlowRun, list[TaskRun]]:

@@ -136,21 +136,11 @@ def pictures_below(folder: Path, names: list[Any]) -> list[bytes] | Broken:
     """The bytes of the pictures that a row names, or what is wrong with the first that cannot be had."""
     pictures = []
     for name in names:
-        picture = picture_at(folder, name)
+        picture = picture_below(folder, name)
         if isinstance(picture, Broken):
             return picture
         pictures.append(picture)
     return pictures
-
-
-def picture_at(folder: Path, name: object) -> bytes | Broken:
-    """As ``picture_below``, for any text: half a surrogate pair is no file's name, and links may lead in a circle."""
-    try:
-        return picture_below(folder, name)
-    except UnicodeEncodeError:
-        return Broken("malformed", "an image's path is not valid Unicode")
-    except RuntimeError:  # of Path.resolve, up to Python 3.12
-        return Broken("image_missing", f"{str(name)[:200]}: links that lead in a circle")
 
 
 def _names_in_vsft(value: dict[str, Any]) -> list[Any]:

@@ -14,9 +14,9 @@ from pathlib import Path, PurePosixPath
 from llava_pipeline.contracts import Cursor, Piece
 from llava_pipeline.data.images import MAX_BYTES
 from llava_pipeline.data.record import Row
-from llava_pipeline.data.sources.conversation import asked_and_told, picture_at
+from llava_pipeline.data.sources.conversation import asked_and_told
 from llava_pipeline.data.sources.local import absolute, check_behind, choose, printable, refuse_shrunk
-from llava_pipeline.data.sources.reader import PIECE_ROWS, Broken, digest_of_files, windows
+from llava_pipeline.data.sources.reader import PIECE_ROWS, Broken, digest_of_files, picture_below, windows
 from llava_pipeline.errors import NotFound
 from llava_pipeline.spec import FolderSource, Source, Split
 
@@ -63,7 +63,7 @@ class FolderReader:
     def _row(self, path: str) -> Row | Broken:
         row_id = printable_id(f"{self.origin}/{path}")
         caption = self._caption(path)
-        found = caption if isinstance(caption, Broken) else picture_at(self.root, path)
+        found = caption if isinstance(caption, Broken) else picture_below(self.root, path)
         if isinstance(found, Broken):
             return Broken(found.reason, printable(found.detail), printable(row_id), found.digest)
         return {
@@ -73,7 +73,7 @@ class FolderReader:
     def _caption(self, path: str) -> str | Broken:
         """The first line of the text beside a picture."""
         name = f"{path.rpartition('.')[0]}.txt"
-        found = picture_at(self.root, name)  # a text is found, and refused, as a picture is
+        found = picture_below(self.root, name)  # a text is found, and refused, as a picture is
         if isinstance(found, Broken):
             return Broken("caption_missing", found.detail) if found.reason == "image_missing" else found
         digest = hashlib.sha256(found).hexdigest()

@@ -12,10 +12,10 @@ from __future__ import annotations
 import logging
 import random
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from importlib import import_module
 from typing import Any
 
 from huggingface_hub import errors, get_session, set_client_factory
@@ -29,7 +29,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0
 PASSING_STATUS = (408, 429, 500, 502, 503, 504)
 
 # httpx or httpx2, by the version of huggingface_hub.
-_http: Any = import_module(errors.HTTPError.__module__.partition(".")[0])  # type: ignore[attr-defined]
+_http: Any = sys.modules[errors.HTTPError.__module__.partition(".")[0]]  # type: ignore[attr-defined]
 HTTPError: type[Exception] = _http.HTTPError
 _patience: dict[str, float] = {}
 _lock = threading.Lock()

@@ -94,13 +94,19 @@ def picture_below(folder: Path, name: object) -> bytes | Broken:
     """
     if not isinstance(name, str) or not name or "\0" in name:
         return Broken("malformed", "an image's path is not a text")
-    root = folder.resolve()
-    path = (root / name).resolve()
-    if not path.is_relative_to(root):
-        return Broken("image_path_escapes", f"{name[:200]} leads out of the image folder")
     try:
+        root = folder.resolve()
+        path = (root / name).resolve()
+        if not path.is_relative_to(root):
+            return Broken("image_path_escapes", f"{name[:200]} leads out of the image folder")
+        if path.exists() and not path.is_file():  # a pipe would keep us waiting
+            return Broken("image_missing", f"{name[:200]} is not a plain file")
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1)
+    except UnicodeEncodeError:
+        return Broken("malformed", "an image's path is not valid Unicode")
+    except RuntimeError:  # of Path.resolve, up to Python 3.12
+        return Broken("image_missing", f"{name[:200]}: links that lead in a circle")
     except OSError as error:
         return Broken("image_missing", f"{name[:200]}: {error.strerror or type(error).__name__}")
 
@@ -109,5 +115,19 @@ def digest_of_files(paths: list[Path]) -> str:
     """Digest of names and sizes, to notice files that were changed behind a place; empty for none."""
     if not paths:
         return ""
-    lines = "".join(f"{path.name} {path.stat().st_size}\n" for path in paths)
-    return hashlib.sha256(lines.encode()).hexdigest()
+    lines = "".join(f"{path.name} {path.stat().st_size if path.exists() else 'gone'}\n" for path in paths)
+    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def stamp_of(source: Source) -> str:
+    """Digest of the names, sizes and times of all files a source reads on this machine; empty where it reads none.
+
+    It says whether rows that were checked before are still those of the files; the snapshot does not depend on it.
+    """
+    digest = hashlib.sha256()
+    roots = [Path(root) for name in ("path", "images") if (root := getattr(source, name, None)) is not None]
+    for root in roots:
+        for path in [root] if root.is_file() else sorted(root.rglob("*")):
+            found = path.lstat()
+            digest.update(f"{path} {found.st_size} {found.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest() if roots else ""
