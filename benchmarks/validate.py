@@ -35,7 +35,7 @@ from benchmarks.__main__ import RESULTS, machine
 COMMAND = str(Path(sys.executable).with_name("llava-pipeline"))
 SIDE = 224
 ROWS = 1500
-ROUNDS = 5
+ROUNDS = 3
 GROUP_ROWS = 100
 ANSWER = "A soft grey pattern, lighter towards the upper left corner, with no object that could be named in it."
 
