@@ -192,7 +192,7 @@ def measure(sizes: list[int]) -> dict[str, Any]:
     middle = {name: statistics.median(seconds) for name, seconds in times.items()}
     runs = [scenes(rows) for rows in sizes]
     return {
-        "machine": machine(), "command": " ".join(["python benchmarks/validate.py", *sys.argv[1:]]), "picture_bytes": mean_bytes, "rows": ROWS,
+        "machine": machine(), "command": " ".join(("python", *sys.argv)), "picture_bytes": mean_bytes, "rows": ROWS,
         "seconds": {name: [round(s, 3) for s in each] for name, each in times.items()},
         "rows_per_second": {name: round(ROWS / seconds, 1) for name, seconds in middle.items()},
         "ratio_to_bare": round(middle["bare"] / middle["validate"], 3),
