@@ -12,7 +12,7 @@ from llava_pipeline.data.record import Malformed, Row
 from llava_pipeline.data.sources.local import printable
 from llava_pipeline.data.sources.reader import Broken, picture_below
 
-MAX_JSON_BYTES = 64 << 20  # of one row: 10 MB of text, every character of it written as \\uXXXX
+MAX_JSON_BYTES = 64 << 20  # of one row, which is held in memory: room for 10 MB of text with every character escaped
 MAX_PICTURES = 16  # of one row: more are not read into memory, for a row that no recipe takes
 IMAGE = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
