@@ -4,23 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
-Item = TypeVar("Item")
 QUIET_SECONDS = 2.0
-
-
-def track(iterable: Iterable[Item], description: str, total: float | None = None) -> Iterator[Item]:
-    """The items of an iterable, with a bar. ``total`` is taken from its length where it has one."""
-    if total is None:
-        length = getattr(iterable, "__len__", None)
-        total = float(length()) if length is not None else None
-    with bar(description, total) as advance:
-        for item in iterable:
-            yield item
-            advance()
 
 
 @contextmanager
