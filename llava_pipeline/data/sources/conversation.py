@@ -9,14 +9,29 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llava_pipeline.data.record import Malformed, Row
-from llava_pipeline.data.sources.local import printable
+from llava_pipeline.data.sources.local import ScannedReader, image_folder, printable
 from llava_pipeline.data.sources.reader import Broken, picture_below
+from llava_pipeline.spec import JsonlSource, LlavaJsonSource, Split
 
 MAX_JSON_BYTES = 64 << 20  # of one row, which is held in memory: room for 10 MB of text with every character escaped
 MAX_PICTURES = 16  # of one row: more are not read into memory, for a row that no recipe takes
 IMAGE = "<image>"
+BOM = b"\xef\xbb\xbf"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 FindPictures = Callable[[list[Any]], "list[bytes] | Broken"]
+
+
+class JsonReader(ScannedReader):
+    """Files of JSON rows that name their pictures by path, from the spec's image folder or the file's own."""
+
+    def __init__(self, source: JsonlSource | LlavaJsonSource, split: Split) -> None:
+        self._images = image_folder(source.images)
+        update = {"images": None if self._images is None else str(self._images)}
+        super().__init__(source.model_copy(update=update), source.path, split)
+
+    def image_folder(self, file: Path) -> Path:
+        """Where the paths in a file's rows start."""
+        return self._images or file.parent
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -15,12 +15,12 @@ from llava_pipeline.contracts import Cursor, Piece
 from llava_pipeline.data.images import MAX_BYTES
 from llava_pipeline.data.record import Row
 from llava_pipeline.data.sources.conversation import asked_and_told
-from llava_pipeline.data.sources.local import absolute, check_behind, choose, printable, refuse_shrunk
+from llava_pipeline.data.sources.local import PICTURES, absolute, check_behind, choose, printable, refuse_shrunk
 from llava_pipeline.data.sources.reader import PIECE_ROWS, Broken, digest_of_files, picture_below, windows
 from llava_pipeline.errors import NotFound
 from llava_pipeline.spec import FolderSource, Source, Split
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+SUFFIXES = tuple(f".{ending}" for ending in PICTURES)
 
 
 class FolderReader:
@@ -38,7 +38,7 @@ class FolderReader:
         self.question = source.question
         found = sorted(pictures_in(self.root))
         if not found:
-            raise NotFound(f"there is no picture ({' '.join(PICTURES)}) below {self.root}; check data.source.path")
+            raise NotFound(f"there is no picture ({' '.join(SUFFIXES)}) below {self.root}; check data.source.path")
         tops = sorted({PurePosixPath(path).parts[0] for path in found if "/" in path})
         chosen, self.has_split = choose(tops, split)
         self.paths = [path for path in found if path.split("/")[0] in set(chosen)] if self.has_split else found
@@ -105,7 +105,7 @@ def pictures_in(root: Path) -> Iterator[str]:
         below[:] = [name for name in below if not name.startswith(".")]
         relative = Path(folder).relative_to(root)
         for name in files:
-            if name.lower().endswith(PICTURES) and not name.startswith("."):
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 yield (relative / name).as_posix()
 
 

@@ -8,23 +8,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from llava_pipeline.data.record import Row
-from llava_pipeline.data.sources.conversation import MAX_JSON_BYTES, row_of
-from llava_pipeline.data.sources.local import ScannedReader, image_folder
+from llava_pipeline.data.sources.conversation import BOM, MAX_JSON_BYTES, JsonReader, row_of
 from llava_pipeline.data.sources.reader import Broken
-from llava_pipeline.spec import JsonlSource, Split
-
-BOM = b"\xef\xbb\xbf"
 
 
-class JsonlReader(ScannedReader):
+class JsonlReader(JsonReader):
     """Lines that hold nothing are no rows."""
 
     kind = ".jsonl"
-
-    def __init__(self, source: JsonlSource, split: Split) -> None:
-        images = image_folder(source.images)
-        super().__init__(source.model_copy(update={"images": images and str(images)}), source.path, split)
-        self._images = images
 
     def offsets(self, file: BinaryIO) -> Iterator[int]:
         """Where each line begins."""
@@ -32,7 +23,7 @@ class JsonlReader(ScannedReader):
 
     def read(self, file: BinaryIO, offset: int, number: int, path: Path) -> Iterator[Row | Broken]:
         """Rows from a line on."""
-        folder = self._images or path.parent
+        folder = self.image_folder(path)
         for here, (_, line) in enumerate(lines(file, offset), number):
             row_id = self.id_of(path, here)
             if len(line) > MAX_JSON_BYTES:

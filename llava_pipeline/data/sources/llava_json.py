@@ -14,13 +14,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from llava_pipeline.data.record import Row
-from llava_pipeline.data.sources.conversation import MAX_JSON_BYTES, row_of
-from llava_pipeline.data.sources.local import ScannedReader, image_folder
+from llava_pipeline.data.sources.conversation import BOM, MAX_JSON_BYTES, JsonReader, row_of
 from llava_pipeline.data.sources.reader import Broken
-from llava_pipeline.spec import LlavaJsonSource, Split
 
 CHUNK = 1 << 18
-BOM = b"\xef\xbb\xbf"
 WHITESPACE = b" \t\r\n"
 _REST_OF_STRING = rb'[^"\\]*+(?:\\.[^"\\]*+)*+'
 INSIDE = re.compile(_REST_OF_STRING, re.DOTALL)
@@ -38,15 +35,10 @@ class Element:
     detail: str = ""
 
 
-class LlavaJsonReader(ScannedReader):
+class LlavaJsonReader(JsonReader):
     """One array, or a folder of files with one each."""
 
     kind = ".json"
-
-    def __init__(self, source: LlavaJsonSource, split: Split) -> None:
-        images = image_folder(source.images)
-        super().__init__(source.model_copy(update={"images": images and str(images)}), source.path, split)
-        self._images = images
 
     def offsets(self, file: BinaryIO) -> Iterator[int]:
         """Where each element begins."""
@@ -54,7 +46,7 @@ class LlavaJsonReader(ScannedReader):
 
     def read(self, file: BinaryIO, offset: int, number: int, path: Path) -> Iterator[Row | Broken]:
         """Rows from an element on."""
-        folder = self._images or path.parent
+        folder = self.image_folder(path)
         for here, element in enumerate(elements(file, offset), number):
             row_id = self.id_of(path, here)
             if element.reason:

@@ -21,6 +21,7 @@ from llava_pipeline.errors import NotFound, RevisionMoved, SourceUnavailable
 from llava_pipeline.spec import Source, Split
 
 MAX_DETAIL = 200
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")  # names end so
 STAY_OR_GO = "put back the files as they were, or read everything again with data.increment=false"
 
 

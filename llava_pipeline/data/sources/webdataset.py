@@ -24,11 +24,10 @@ from llava_pipeline.data.sources.conversation import (
     parse,
     row_of_object,
 )
-from llava_pipeline.data.sources.local import ScannedReader, printable
+from llava_pipeline.data.sources.local import PICTURES, ScannedReader, printable
 from llava_pipeline.data.sources.reader import Broken
 from llava_pipeline.spec import Split, WebDatasetSource
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 CAPTIONS = ("txt", "caption")
 MAX_CAPTION_BYTES = 1 << 20
 MAX_NAME_BYTES = 1 << 16  # of a long name, or of the extended attributes of one member
