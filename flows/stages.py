@@ -179,7 +179,7 @@ def show_report(data: ValidatedData) -> None:
 
 
 @stage("llava_pipeline.stages.train", minutes=24 * 60)
-def train_projector(model: AssembledModel, data: Snapshot, spec: TrainingSpec) -> TrainedProjector:
+def train_projector(model: AssembledModel, data: ValidatedData, spec: TrainingSpec) -> TrainedProjector:
     from llava_pipeline.stages import train
 
     return train.train_projector(model, data, spec)

@@ -43,7 +43,7 @@ def train(spec: RunSpec) -> Verdict:
     backbones = fetch_backbones(spec.backbones)
     model = assemble_and_freeze(backbones, spec.model)
     data = validate_stream(model, spec.data, spec.evaluation.max_samples)
-    projector = train_projector(model, data.train, spec.training)
+    projector = train_projector(model, data, spec.training)
     evaluation = evaluate_generations(projector, data.held_out, spec.evaluation)
     run = record_run(spec, evaluation)
     return pass_gate_and_promote(run)

@@ -117,10 +117,14 @@ class TrainedProjector(Frozen):
     num_samples: int
     num_skipped_steps: int
     final_loss: float
-    seconds: float
+    held_out_loss: float | None  # of the samples that training looks at; None where it looked at none
+    seconds: float  # of all attempts
+    cost: float  # in the currency of the spec's price; 0 where it states none
     device: str
+    num_processes: int
     precision: str
     peak_memory_bytes: int
+    predicted_memory_bytes: int
     frozen_digest_before: Sha256  # in the precision of the training, so not the assembled model's in half precision
     frozen_digest_after: Sha256
 

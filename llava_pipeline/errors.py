@@ -7,6 +7,7 @@ LlavaPipelineError                 exit code 1: something failed
 │   ├── NotFound                   a folder, file, repository or commit that was named and is not there
 │   ├── RevisionMoved              a branch that leads to another commit than the one that was used before
 │   ├── NoSuchRun                  a run, version or alias that does not exist
+│   ├── OtherTraining              a folder that holds another training, or one that is running
 │   └── PictureRefused             a picture that cannot be read or is not accepted
 ├── BackboneError
 │   ├── BackboneUnavailable        not reachable now, or not to be read, and not cached
@@ -24,6 +25,9 @@ LlavaPipelineError                 exit code 1: something failed
 │   └── WorkerDied                 a process that checked rows was killed
 ├── TrainingError
 │   ├── Diverged                   the loss or the gradient stopped being a number
+│   ├── OutOfMemory                one sample takes more memory than there is
+│   ├── Interrupted                asked to stop; it goes on from where it was when it is started again
+│   ├── TrainerDied                the process that trained was killed
 │   └── FrozenWeightsChanged       a frozen part's digest differs after training
 └── TrackingError                  MLflow cannot be reached or refuses
 """
@@ -129,6 +133,22 @@ class TrainingError(LlavaPipelineError):
 
 class Diverged(TrainingError):
     """The loss or the gradient stopped being a number."""
+
+
+class OutOfMemory(TrainingError):
+    """One sample takes more memory than there is."""
+
+
+class TrainerDied(TrainingError):
+    """The process that trained was killed, or failed in a way that it could not tell."""
+
+
+class Interrupted(TrainingError):
+    """Training was asked to stop; it has saved where it was, and goes on from there when it is started again."""
+
+
+class OtherTraining(UserError):
+    """A folder that holds another training, or one that is running."""
 
 
 class FrozenWeightsChanged(TrainingError):

@@ -234,27 +234,64 @@ class DataSpec(Frozen):
     workers: WorkersSpec = Field(WorkersSpec(), description="Who checks the rows.")
 
 
+class StepSpec(Frozen):
+    """What a step spares itself; each is exact, and is turned off only to measure what it brings."""
+
+    pack: bool = Field(True, description="Samples lie one behind the other, without padding.")
+    share_prefix: bool = Field(True, description="Tokens that every sample begins with are computed once a run.")
+    select: bool = Field(True, description="The head and the last layer run only where a token is supervised.")
+    fold: bool = Field(True, description="q, k and v are one matrix product, gate and up another.")
+    lean: bool = Field(True, description="Operations keep for the backward pass no more than it needs.")
+    halve: bool = Field(True, description="Large weights that 16 bits hold without loss are stored in 16 bits.")
+    keep_features: bool = Field(True, description="Tower features are kept, where that pays and the disk may be used.")
+    compile: bool = Field(False, description="What is computed element by element is fused by torch.compile.")
+
+
 class TrainingSpec(Frozen):
-    """How the projector learns."""
+    """How the projector learns, and when it stops: with whichever budget is used up first."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    max_steps: int = Field(gt=0, description="Optimizer steps.")
-    batch_size: int = Field(2, gt=0, description="Samples in one forward pass.")
-    accumulation: int = Field(4, gt=0, description="Forward passes per optimizer step.")
+    max_steps: int | None = Field(None, gt=0, description="Budget: optimizer steps.")
+    max_samples: int | None = Field(None, gt=0, description="Budget: samples, repeated ones counted again.")
+    max_minutes: float | None = Field(None, gt=0, description="Budget: minutes since training started, all attempts.")
+    max_cost: float | None = Field(None, gt=0, description="Budget: what `price_per_hour` makes of the time.")
+    price_per_hour: float = Field(0.0, ge=0, description="Of the machine, in any currency; told, and for `max_cost`.")
+    samples_per_step: int = Field(8, gt=0, description="Samples of one optimizer step, over all devices.")
+    tokens_per_pass: int | None = Field(
+        None,
+        gt=0,
+        description="Most tokens of one forward pass; as many as fit unless told. Halved when memory is out.",
+    )
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of AdamW.")
     min_learning_rate: float = Field(2e-5, ge=0, description="Where the cosine ends.")
-    warmup_share: float = Field(0.05, ge=0, lt=1, description="Share of the steps that warm up linearly.")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="What follows the warm-up.")
+    warmup_share: float = Field(0.05, ge=0, lt=1, description="Share of the budget that warms up linearly.")
     betas: tuple[Beta, Beta] = Field(
         (0.9, 0.999), description="How much AdamW's means of the gradient and of its square keep at each step."
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="The gradient is clipped to this norm.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="Of the frozen parts; auto: bf16 where the card has it, fp16 on other cards, fp32 on a CPU."
+        "auto",
+        description="Of the frozen parts; auto: bf16 where the device computes in it, fp16 on other cards, else fp32.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one.")
-    seed: int = Field(0, description="Seed of the order of samples.")
+    num_processes: int | None = Field(None, gt=0, le=1024, description="One per card unless told; one on a CPU.")
+    seed: int = Field(0, ge=0, description="Seed of the order of samples.")
+    held_out_every: int = Field(50, gt=0, description="Steps between two looks at the held-out loss.")
+    held_out_samples: int = Field(64, ge=0, description="Held-out samples of such a look; 0 for none.")
+    checkpoint_seconds: float = Field(60.0, ge=0, description="Between two checkpoints.")
+    features_gb: float = Field(4.0, ge=0, description="Disk that kept tower features may take.")
+    step: StepSpec = Field(StepSpec(), description="What a step spares itself.")
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        if not any((self.max_steps, self.max_samples, self.max_minutes, self.max_cost)):
+            raise ValueError("set a budget: max_steps, max_samples, max_minutes or max_cost")
+        if self.max_cost and not self.price_per_hour:
+            raise ValueError("max_cost needs price_per_hour, the machine's price")
+        return self
 
 
 class EvaluationSpec(Frozen):

@@ -16,8 +16,8 @@ from llava_pipeline.contracts import AssembledModel, Backbones
 from llava_pipeline.model.assemble import Llava, assemble, describe
 from llava_pipeline.model.processor import Encoded, Message, Processor
 from llava_pipeline.spec import RunSpec, load_spec
-from llava_pipeline.training.loop import Samples
-from llava_pipeline.training.step import tower_features
+from llava_pipeline.training.features import tower_features
+from llava_pipeline.training.samples import Samples, collect
 
 SPEC: RunSpec = load_spec("tiny")
 NUM_PICTURES = 3
@@ -102,14 +102,16 @@ def pictures(llava: Llava, count: int = NUM_PICTURES) -> torch.Tensor:
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
-def samples_of(llava: Llava, **changes: Any) -> Samples:
-    """The conversations to train on, about pictures in turn."""
+IMAGES = [k % NUM_PICTURES for k in range(len(CONVERSATIONS))]
+
+
+def samples_of(llava: Llava, seed_labels: bool = False, **changes: Any) -> Samples:
+    """The conversations to train on, about pictures in turn; with the seed's labels every token is supervised."""
     rows = encoded(llava.processor)
-    samples = Samples(
-        input_ids=[torch.tensor(row.input_ids) for row in rows],
-        labels=[torch.tensor(row.labels) for row in rows],
-        image=[k % NUM_PICTURES for k in range(len(rows))],
-        features=tower_features(llava.model, pictures(llava)),
-        pad_token_id=int(llava.model.config.pad_token_id),
-    )
-    return replace(samples, **changes)
+    labels = [torch.tensor(row.input_ids if seed_labels else row.labels) for row in rows]
+    return replace(collect([torch.tensor(row.input_ids) for row in rows], labels, IMAGES), **changes)
+
+
+def features_of(llava: Llava) -> torch.Tensor:
+    """Tower features of the random pictures."""
+    return tower_features(llava.model, pictures(llava))

@@ -13,7 +13,8 @@ from llava_pipeline.evaluation.generate import answer
 from llava_pipeline.evaluation.score import derangement
 from llava_pipeline.model.assemble import Llava
 from llava_pipeline.model.processor import IGNORE_INDEX
-from llava_pipeline.training.step import collate, loss_sum, tower_features
+from llava_pipeline.training.features import tower_features
+from llava_pipeline.training.plain import collate, loss_sum
 
 SHUFFLE_SEED = 0
 

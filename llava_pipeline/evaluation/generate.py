@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
-from llava_pipeline.training.step import embed
+from llava_pipeline.training.plain import embed
 
 
 @torch.no_grad()

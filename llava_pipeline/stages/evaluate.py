@@ -23,7 +23,7 @@ from llava_pipeline.model.assemble import Llava, load
 from llava_pipeline.progress import bar
 from llava_pipeline.spec import EvaluationSpec
 from llava_pipeline.store import open_artifact, writing
-from llava_pipeline.training.loop import choose_device, place
+from llava_pipeline.training.device import choose_device, place
 
 log = logging.getLogger(__name__)
 

@@ -1,103 +1,193 @@
-"""Stage 4: the projector learns; everything else is digested before and after to prove it did not."""
+"""Stage 4: the projector learns, in a process of its own; everything else is digested before and after to prove it
+did not."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import resource
-import time
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import save_file
 
-from llava_pipeline.contracts import AssembledModel, Snapshot, TrainedProjector
+from llava_pipeline.contracts import ArtifactRef, AssembledModel, Snapshot, TrainedProjector, ValidatedData
 from llava_pipeline.data.snapshot import Rows, open_rows
-from llava_pipeline.errors import FrozenWeightsChanged
-from llava_pipeline.evaluation.evaluate import picture_features
+from llava_pipeline.errors import TrainerDied
 from llava_pipeline.model import projector
-from llava_pipeline.model.assemble import Llava, load
-from llava_pipeline.model.freeze import frozen_digest
+from llava_pipeline.model.processor import Processor
+from llava_pipeline.model.read_processor import processor_of
 from llava_pipeline.progress import bar
 from llava_pipeline.spec import TrainingSpec
-from llava_pipeline.store import writing
-from llava_pipeline.training.loop import Samples, StepRecord, choose_device, choose_precision, place, train
+from llava_pipeline.store import home, write_text, writing
+from llava_pipeline.training import checkpoint
+from llava_pipeline.training.job import PIXELS, TOKENS, TrainingJob
+from llava_pipeline.training.launch import Event, launch
 
 log = logging.getLogger(__name__)
-FEATURE_BATCH = 64
+PICTURES_AT_ONCE = 256
+Follow = Callable[[Event], None]
 
 
-def train_projector(model: AssembledModel, data: Snapshot, spec: TrainingSpec) -> TrainedProjector:
+def train_projector(
+    model: AssembledModel, data: ValidatedData, spec: TrainingSpec, follow: Follow = lambda event: None
+) -> TrainedProjector:
     """Train from the assembled model's fresh projector, and keep projector and history.
+
+    A training that was stopped or killed is gone on with: its folder is named after everything it depends on.
+    ``follow`` is given every event of the training process.
 
     Raises:
         Diverged: the loss stopped being a number, or no step could be applied.
         FrozenWeightsChanged: a frozen part differs afterwards; nothing is kept.
+        TrainerDied: the process was killed.
     """
-    llava = load(model)
-    device = choose_device(spec.device)
-    precision = choose_precision(spec.precision, device)
-    place(llava.model, device, precision)
-    before = frozen_digest(llava.model)
-    started = time.monotonic()
-    samples = prepare(llava, open_rows(data.rows))
-    records = run(llava, samples, spec)
-    seconds = time.monotonic() - started
-    after = frozen_digest(llava.model)
-    if after != before:
-        raise FrozenWeightsChanged("a frozen part changed during training; this is a defect, please report it")
+    job = make_job(model, data, spec)
+    out = home() / "training" / hashlib.sha256(json.dumps(job.identity(), sort_keys=True).encode()).hexdigest()[:32]
+    write_text(out / "job.json", job.model_dump_json(indent=1) + "\n")
+    steps = Steps(out)
+    with bar("train projector", 100) as advance:
+        launch(out / "job.json", out, spec.num_processes or num_cards(spec), watcher(advance, [steps, follow]))
+    trained = keep(job, data.train, out, steps.merged())
+    shutil.rmtree(out, ignore_errors=True)
+    return trained
+
+
+def num_cards(spec: TrainingSpec) -> int:
+    """One process per card; one on a CPU."""
+    return max(1, torch.cuda.device_count()) if spec.device != "cpu" and torch.cuda.is_available() else 1
+
+
+class Steps:
+    """What steps told, on disk as well, so that the pace of earlier attempts is not lost."""
+
+    def __init__(self, out: Path) -> None:
+        self.path = out / "told.jsonl"
+        self.history = out / "history.jsonl"
+
+    def __call__(self, event: Event) -> None:
+        """Keep a step."""
+        if event["event"] == "step":
+            with self.path.open("a", encoding="utf-8") as file:
+                print(json.dumps(event), file=file)
+
+    def merged(self) -> list[dict[str, Any]]:
+        """Every step of the history with its pace; a step that was trained twice has its last one."""
+        pace = {row["step"]: row for row in read_lines(self.path)}
+        return [pace.get(row["step"], {}) | row for row in read_lines(self.history)]
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """JSON lines; a half-written last one is left out."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def watcher(advance: Callable[..., None], followers: list[Follow]) -> Follow:
+    """Events to a progress bar of the budget's share, to the log, and to everybody else who follows."""
+    shown = 0.0
+    losses: list[float] = []
+
+    def watch(event: Event) -> None:
+        nonlocal shown
+        if event["event"] == "note":
+            log.log(logging.WARNING if event["level"] == "warning" else logging.INFO, "%s", event["text"])
+        if event["event"] == "step":
+            if not event["skipped"]:
+                losses.append(event["loss"])
+            mean = sum(losses[-20:]) / len(losses[-20:]) if losses else math.nan
+            advance(100 * event["share"] - shown, step=event["step"], loss=f"{mean:.3f}")
+            shown = 100 * event["share"]
+        for follow in followers:
+            follow(event)
+
+    return watch
+
+
+def make_job(model: AssembledModel, data: ValidatedData, spec: TrainingSpec) -> TrainingJob:
+    """What the training process reads: token ids and pictures as the tower wants them, both of the store."""
+    processor = processor_of(model)
+    train = prepare(processor, open_rows(data.train.rows), None)
+    held_out = None
+    if spec.held_out_samples:
+        held_out = prepare(processor, open_rows(data.held_out.rows), spec.held_out_samples)
+    return TrainingJob(model=model, train=train, held_out=held_out, spec=spec)
+
+
+def prepare(processor: Processor, rows: Rows, first: int | None) -> ArtifactRef:
+    """Samples as the training process reads them: no decoding and no template is left to do there."""
+    count = len(rows) if first is None else min(first, len(rows))
+    used = sorted({image for image in rows.image[:count] if image >= 0})
+    number = {image: k for k, image in enumerate(used)}
+    lengths = torch.tensor([0, *(len(ids) for ids in rows.input_ids[:count])])
+    tokens = {
+        "ids": torch.from_numpy(np.concatenate(rows.input_ids[:count])),
+        "labels": torch.from_numpy(np.concatenate(rows.labels[:count])),
+        "begins": lengths.cumsum(0),
+        "image": torch.tensor([number.get(image, image) for image in rows.image[:count]]),
+    }
+    with writing("samples") as (folder, done), bar("pictures", len(used)) as advance:
+        save_file(tokens, folder / TOKENS)
+        write_pixels(folder / PIXELS, processor, rows, used, advance)
+    return done[0]
+
+
+def write_pixels(path: Path, processor: Processor, rows: Rows, used: list[int], advance: Callable[[int], None]) -> None:
+    """(N, S, S, 3) uint8 ``pixels`` in safetensors' format, some at a time: all may be more than memory holds."""
+    side = processor.images.side
+    shape = [len(used), side, side, 3]
+    span = {"dtype": "U8", "shape": shape, "data_offsets": [0, math.prod(shape)]}
+    header = json.dumps({"pixels": span}).encode()
+    header += b" " * (-len(header) % 8)
+
+    def resized(image: int) -> bytes:
+        return processor.resize(rows.picture(image)).tobytes()
+
+    with path.open("wb") as file, ThreadPoolExecutor() as pool:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for start in range(0, len(used), PICTURES_AT_ONCE):
+            for pixels in pool.map(resized, used[start : start + PICTURES_AT_ONCE]):
+                file.write(pixels)
+                advance(1)
+
+
+def keep(job: TrainingJob, data: Snapshot, out: Path, rows: list[dict[str, Any]]) -> TrainedProjector:
+    """The result of a training as artifacts of the store."""
+    if (found := checkpoint.newest(out / "result")) is None:
+        raise TrainerDied(f"the training in {out} ended without a result; start it again")
+    state, told = found
     with writing("history") as (folder, history):
-        (folder / "history.jsonl").write_text("".join(json.dumps(r.as_json()) + "\n" for r in records))
+        (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with writing("projector") as (folder, trained):
         facts = {
-            "num_steps": len(records),
+            "num_steps": told["num_steps"],
             "train_digest": data.rows.digest,
-            "training": spec.model_dump(mode="json"),
+            "training": job.spec.model_dump(mode="json"),
         }
-        projector.save(folder, projector.state_of(llava.model), model, facts)
+        projector.save(folder, state, job.model, facts)
+    held_out = [row["held_out_loss"] for row in rows if row["held_out_loss"] is not None]
     return TrainedProjector(
-        model=model, data=data, projector=trained[0], history=history[0], num_steps=len(records),
-        num_samples=sum(r.num_samples for r in records), num_skipped_steps=sum(r.skipped for r in records),
-        final_loss=last_mean(records), seconds=seconds, device=device_name(device),
-        precision=str(precision).removeprefix("torch."), peak_memory_bytes=peak_memory(device),
-        frozen_digest_before=before, frozen_digest_after=after,
+        model=job.model, data=data, projector=trained[0], history=history[0], num_steps=told["num_steps"],
+        num_samples=told["num_samples"], num_skipped_steps=told["num_skipped_steps"], final_loss=last_mean(rows),
+        held_out_loss=held_out[-1] if held_out else None, seconds=told["seconds"], cost=told["cost"],
+        device=told["device"], num_processes=told["num_processes"], precision=told["precision"],
+        peak_memory_bytes=told["peak_memory_bytes"], predicted_memory_bytes=told["predicted_memory_bytes"],
+        frozen_digest_before=told["frozen_digest"], frozen_digest_after=told["frozen_digest"],
     )  # fmt: skip
 
 
-def prepare(llava: Llava, rows: Rows) -> Samples:
-    """Token ids as tensors, tower features of every picture once."""
-    with bar("vision tower", len(rows.images)) as advance:
-        features = picture_features(llava, rows, FEATURE_BATCH, advance)
-    return Samples(
-        [torch.from_numpy(ids).long() for ids in rows.input_ids],
-        [torch.from_numpy(labels).long() for labels in rows.labels],
-        rows.image, features, int(llava.model.config.pad_token_id),
-    )  # fmt: skip
-
-
-def run(llava: Llava, samples: Samples, spec: TrainingSpec) -> list[StepRecord]:
-    """The loop with a progress bar."""
-    records = []
-    with bar("train projector", spec.max_steps) as advance:
-        for record in train(llava.model, samples, spec):
-            records.append(record)
-            advance(1, loss=f"{last_mean(records):.3f}")
-    return records
-
-
-def last_mean(records: list[StepRecord], window: int = 20) -> float:
+def last_mean(rows: list[dict[str, Any]], window: int = 20) -> float:
     """Mean loss of the last steps that were applied: one step alone says little."""
-    losses = [record.loss for record in records if not record.skipped][-window:]
-    return sum(losses) / len(losses) if losses else float("nan")
-
-
-def device_name(device: torch.device) -> str:
-    """For people: the card's name, or cpu with its threads."""
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    return f"cpu ({torch.get_num_threads()} threads)"
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: allocated on the card, or resident in this process so far."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    losses = [row["loss"] for row in rows if not row["skipped"]][-window:]
+    return sum(losses) / len(losses) if losses else math.nan

@@ -1,50 +1,37 @@
-"""The loop: the next samples, forward, backward, step, and a record of each. Plain torch; it knows no tracker.
-
-The order of samples is a pure function of (seed, epoch), so the position in the data is one integer.
-"""
+"""The loop: the next samples, forward, backward, step, and a record of each. Plain torch; it knows no tracker and no
+files."""
 
 from __future__ import annotations
 
+import gc
+import logging
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 
 import torch
-from transformers import LlavaForConditionalGeneration
+from torch import Tensor
 
-from llava_pipeline.errors import Diverged, SpecError
+from llava_pipeline.errors import Diverged, OutOfMemory
 from llava_pipeline.spec import TrainingSpec
-from llava_pipeline.training.schedule import learning_rate
-from llava_pipeline.training.step import Batch, collate, loss_sum
+from llava_pipeline.training.budget import Used, end_of_next, learning_rate, next_samples, share
+from llava_pipeline.training.features import StepFeatures
+from llava_pipeline.training.samples import sample_indices
+from llava_pipeline.training.step import Step
+from llava_pipeline.training.world import World
 
+log = logging.getLogger(__name__)
 MAX_BAD_IN_A_ROW = 5
-NO_PICTURE = -1
-
-
-@dataclass(frozen=True, slots=True)
-class Samples:
-    """What is trained on: token ids and labels per sample, tower features (N, P, D_vision) per image.
-
-    ``image`` is a sample's number in ``features``, or ``NO_PICTURE``.
-    """
-
-    input_ids: list[torch.Tensor]
-    labels: list[torch.Tensor]
-    image: list[int]
-    features: torch.Tensor
-    pad_token_id: int
-
-    def batch(self, indices: list[int], device: torch.device) -> Batch:
-        """A padded batch of these samples on a device."""
-        features = self.features[[self.image[k] for k in indices if self.image[k] != NO_PICTURE]]
-        input_ids, labels = [self.input_ids[k] for k in indices], [self.labels[k] for k in indices]
-        return collate(input_ids, labels, features, self.pad_token_id).to(device)
+PACE_MEMORY = 0.8  # how much the mean duration of a step remembers
 
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One optimizer step. ``loss`` is nats per supervised token; a skipped step changed nothing."""
+    """One optimizer step: the same in every run of the same spec, however often it was killed.
+
+    ``loss`` is nats per supervised token; a skipped step changed nothing.
+    """
 
     step: int
     loss: float
@@ -53,126 +40,204 @@ class StepRecord:
     num_tokens: int
     num_supervised_tokens: int
     num_samples: int
-    seconds: float
     skipped: bool
+    samples: list[int]
+    held_out_loss: float | None = None
 
-    def as_json(self) -> dict[str, float | int | bool]:
+    def as_json(self) -> dict[str, object]:
         """Plain values for a history file."""
         return asdict(self)
 
 
-def order(num_samples: int, seed: int, epoch: int) -> list[int]:
-    """The permutation of one epoch."""
-    generator = torch.Generator().manual_seed((seed << 20) + epoch)
-    return torch.randperm(num_samples, generator=generator).tolist()
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How long a step took, of which waiting for its pictures; of this run alone."""
+
+    seconds: float
+    data_seconds: float
+    tokens_per_pass: int
+    held_out_seconds: float = 0.0
 
 
-def sample_indices(num_samples: int, seed: int, start: int, count: int) -> list[int]:
-    """``count`` sample numbers from position ``start`` on, through as many epochs as it takes."""
-    out: list[int] = []
-    while len(out) < count:
-        epoch, offset = divmod(start + len(out), num_samples)
-        out += order(num_samples, seed, epoch)[offset : offset + count - len(out)]
-    return out
+@dataclass
+class Place:
+    """Where a training stands: with the projector, the optimizer and the scaler, all that it takes to go on."""
+
+    used: Used = field(default_factory=Used)
+    num_applied: int = 0
+    num_skipped: int = 0
+    bad_in_a_row: int = 0
+    tokens_per_pass: int = 1 << 14
+    step_seconds: float = 0.0
 
 
-def choose_device(name: str) -> torch.device:
-    """``auto`` takes a GPU where there is one.
+@dataclass(frozen=True)
+class Learner:
+    """What changes while it learns: the projector's parameters, their optimizer, the scale of the loss."""
 
-    Raises:
-        SpecError: a GPU was asked for, and there is none.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise SpecError(
-            f"training.device=cuda, but torch {torch.__version__} finds no card on this machine; set "
-            "training.device=auto, or install a driver and a CUDA build of torch"
-        )
-    return torch.device(name)
+    projector: list[Tensor]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
 
 
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """Of the frozen parts; the projector and its optimizer stay in float32.
-
-    ``auto`` takes bf16 only where the card computes in it: a T4 emulates it, slowly, and gets fp16.
-    """
-    if name == "auto" and device.type == "cpu":
-        name = "fp32"
-    elif name == "auto":
-        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+def make_learner(projector: list[Tensor], spec: TrainingSpec, dtype: torch.dtype) -> Learner:
+    """AdamW on the projector; the loss is scaled where frozen parts run in float16."""
+    device = projector[0].device
+    optimizer = torch.optim.AdamW(projector, lr=spec.learning_rate, betas=spec.betas, weight_decay=spec.weight_decay)
+    return Learner(projector, optimizer, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16))
 
 
-def place(model: LlavaForConditionalGeneration, device: torch.device, precision: torch.dtype) -> None:
-    """Frozen weights in their precision, the projector and all buffers in float32, everything on the device.
+@dataclass(frozen=True)
+class Task:
+    """What is learned: steps over samples, the features of their pictures, and a step over held-out ones."""
 
-    Rounded rotary frequencies would turn later tokens by angles that are wrong in proportion to their position.
-    """
-    for part in (model.model.vision_tower, model.model.language_model, model.lm_head):
-        for parameter in part.parameters():
-            parameter.data = parameter.data.to(device, precision)
-    model.to(device)
+    step: Step
+    features: StepFeatures
+    held_out: Step | None = None
 
 
-def train(model: LlavaForConditionalGeneration, samples: Samples, spec: TrainingSpec) -> Iterator[StepRecord]:
-    """Train the projector of a placed model in place, one record per optimizer step.
+def train(
+    task: Task, learner: Learner, spec: TrainingSpec, world: World, place: Place,
+    clock: Callable[[], float] = time.monotonic, stopped: Callable[[], bool] = bool,
+) -> Iterator[tuple[StepRecord, Pace]]:  # fmt: skip
+    """Train until the budget is used up or ``stopped`` says so, from ``place`` on, which is kept current.
 
     Raises:
         Diverged: five steps in a row had a loss or a gradient that is no number, or no step at all could be applied.
+        OutOfMemory: one sample alone takes more memory than there is.
     """
-    projector = list(model.model.multi_modal_projector.parameters())
-    device = projector[0].device
-    optimizer = torch.optim.AdamW(projector, lr=spec.learning_rate, betas=spec.betas, weight_decay=spec.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
-    per_step = spec.batch_size * spec.accumulation
-    num_applied = bad_in_a_row = 0
-    for step in range(spec.max_steps):
-        started = time.monotonic()
-        rate = learning_rate(step, spec.max_steps, spec.learning_rate, spec.min_learning_rate, spec.warmup_share)
-        for group in optimizer.param_groups:
+    began = clock() - place.used.seconds
+    while share(spec, place.used) < 1:
+        started = clock()
+        rate = learning_rate(spec, end_of_next(spec, place.used, place.step_seconds))
+        for group in learner.optimizer.param_groups:
             group["lr"] = rate
-        indices = sample_indices(len(samples.input_ids), spec.seed, step * per_step, per_step)
-        total, num_supervised, num_tokens = accumulate(model, samples, indices, spec.batch_size, scaler)
-        scaler.unscale_(optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(projector, spec.max_grad_norm))
-        skip = not (math.isfinite(total) and math.isfinite(norm))
-        # A loss scale that was too large is halved after the step: no fault of the training until none is left.
-        bad = skip and (not math.isfinite(total) or scaler.get_scale() <= 1)
-        bad_in_a_row = bad_in_a_row + 1 if bad else 0
-        if not skip:
-            scaler.step(optimizer)
-            num_applied += 1
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        yield StepRecord(
-            step + 1, total / num_supervised, rate, norm, num_tokens, num_supervised, per_step,
-            time.monotonic() - started, skip,
+        indices = upcoming(task, spec, place.used.samples)
+        load(task, world, indices, upcoming(task, spec, place.used.samples + len(indices)))
+        loaded = clock()
+        num_supervised = task.step.samples.num_supervised(indices)
+        total = accumulate(task.step, learner, world.part(indices), num_supervised, place)
+        world.add_gradients(learner.projector)
+        # Every process must come to the same ends, so one clock counts and any process's wish to stop.
+        own = [total, clock() - began if world.rank == 0 else 0.0, float(stopped())]
+        total, seconds, stop = world.add(own)
+        norm, skipped = apply(learner, total, spec, place)
+        place.step_seconds = smooth(place.step_seconds, seconds - place.used.seconds)
+        place.used = Used(place.used.steps + 1, place.used.samples + len(indices), seconds)
+        stepped = clock()
+        looks = place.used.steps % spec.held_out_every == 0 or share(spec, place.used) >= 1
+        held_out = held_out_loss(task.held_out, spec, world, place) if task.held_out and looks else None
+        record = StepRecord(
+            place.used.steps, total / num_supervised, rate, norm, task.step.samples.num_tokens(indices),
+            num_supervised, len(indices), skipped, indices, held_out,
         )  # fmt: skip
-        if bad_in_a_row >= MAX_BAD_IN_A_ROW:
+        yield record, Pace(stepped - started, loaded - started, place.tokens_per_pass, clock() - stepped)
+        if place.bad_in_a_row >= MAX_BAD_IN_A_ROW:
             raise Diverged(
-                f"loss {total / num_supervised:.3g} and gradient norm {norm:.3g} at step {step + 1}, the "
+                f"loss {record.loss:.3g} and gradient norm {norm:.3g} at step {record.step}, the "
                 f"{MAX_BAD_IN_A_ROW}th in a row that is no number; lower training.learning_rate "
                 f"({spec.learning_rate}) or set training.precision=fp32"
             )
-    if num_applied == 0:
+        if stop:
+            return
+    if place.num_applied == 0:
         raise Diverged(
-            f"none of {spec.max_steps} steps had a loss and a gradient that are numbers, so nothing was learned; "
+            f"none of {place.used.steps} steps had a loss and a gradient that are numbers, so nothing was learned; "
             "raise training.max_steps or set training.precision=fp32"
         )
 
 
-def accumulate(
-    model: LlavaForConditionalGeneration, samples: Samples, indices: list[int], size: int, scaler: torch.amp.GradScaler
-) -> tuple[float, int, int]:
-    """Gradients of one optimizer step, a true token mean over it: (loss sum, supervised tokens, tokens)."""
-    device = model.model.multi_modal_projector.linear_1.weight.device
-    by_length = sorted(indices, key=lambda k: len(samples.input_ids[k]))  # same sum, less padding
-    batches = [samples.batch(by_length[k : k + size], device) for k in range(0, len(indices), size)]
-    num_supervised = sum(batch.num_labels for batch in batches)
-    total = 0.0
-    for batch in batches:
-        loss = loss_sum(model, batch)
-        scaler.scale(loss / num_supervised).backward()
-        total += float(loss.detach())
-    return total, num_supervised, sum(int(batch.attention_mask.sum()) for batch in batches)
+def upcoming(task: Task, spec: TrainingSpec, position: int) -> list[int]:
+    """Sample numbers of the step that begins at a position of the order."""
+    count = next_samples(spec, Used(samples=position))
+    return sample_indices(len(task.step.samples), spec.seed, position, count)
+
+
+def load(task: Task, world: World, indices: Sequence[int], following: Sequence[int]) -> None:
+    """Make ready the features of this process's part of a step."""
+    images_of = task.step.samples.images_of
+    task.features.load(images_of(world.part(indices)), images_of(world.part(following)))
+
+
+def smooth(mean: float, seconds: float) -> float:
+    """How long a step takes lately."""
+    return seconds if mean == 0 else PACE_MEMORY * mean + (1 - PACE_MEMORY) * seconds
+
+
+def accumulate(step: Step, learner: Learner, indices: list[int], num_supervised: int, place: Place) -> float:
+    """Gradients of one optimizer step, whose loss is a true mean over its tokens; the sum of its losses.
+
+    When memory runs out, the passes are halved and the step begins anew: it stays the same step.
+
+    Raises:
+        OutOfMemory: a pass of a single sample is too large.
+    """
+    while True:
+        split = step.split(indices, place.tokens_per_pass)
+        total = _passes(step, learner, split, num_supervised)
+        if total is not None:
+            return total
+        learner.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        largest = max(step.samples.num_tokens(part) for part in split)
+        if max(map(len, split)) == 1:
+            raise OutOfMemory(
+                f"a forward and backward pass of one sample ({largest} tokens) takes more memory than there is; "
+                "lower data.max_tokens, or take a smaller language model or a larger machine"
+            )
+        place.tokens_per_pass = min(place.tokens_per_pass, largest) // 2
+        log.warning(
+            "memory ran out in a pass of %d tokens; from now on a pass has at most %d, a step is as large as before",
+            largest, place.tokens_per_pass,
+        )  # fmt: skip
+
+
+def _passes(step: Step, learner: Learner, split: list[list[int]], num_supervised: int) -> float | None:
+    """The sum of the losses, with all gradients in place; None where memory ran out."""
+    try:
+        scale = learner.scaler.get_scale() / num_supervised
+        total = torch.zeros((), dtype=torch.float64, device=step.device)
+        for part in split:
+            loss = step.loss(part, scale)
+            (loss * scale).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return float(total)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    return None  # outside the handler, whose traceback holds on to what ran out of memory
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a card or on the host: torch's allocator for the CPU raises a bare RuntimeError."""
+    host = "can't allocate memory" in str(error) or "could not create a memory object" in str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or host
+
+
+def apply(learner: Learner, total: float, spec: TrainingSpec, place: Place) -> tuple[float, bool]:
+    """One step of the optimizer, if loss and gradient are numbers: the gradient's norm, and whether it was skipped."""
+    learner.scaler.unscale_(learner.optimizer)
+    norm = float(torch.nn.utils.clip_grad_norm_(learner.projector, spec.max_grad_norm))
+    skipped = not (math.isfinite(total) and math.isfinite(norm))
+    # A loss scale that was too large is halved after the step: no fault of the training until none is left.
+    bad = skipped and (not math.isfinite(total) or learner.scaler.get_scale() <= 1)
+    place.bad_in_a_row = place.bad_in_a_row + 1 if bad else 0
+    if skipped:
+        place.num_skipped += 1
+    else:
+        learner.scaler.step(learner.optimizer)
+        place.num_applied += 1
+    learner.scaler.update()
+    learner.optimizer.zero_grad(set_to_none=True)
+    return norm, skipped
+
+
+@torch.no_grad()
+def held_out_loss(step: Step, spec: TrainingSpec, world: World, place: Place) -> float:
+    """Nats per supervised token of samples that are not trained on."""
+    indices = range(len(step.samples))
+    parts = step.split(world.part(indices), place.tokens_per_pass)
+    total = sum(float(step.loss(part)) for part in parts)
+    return world.add([total])[0] / step.samples.num_supervised(indices)

@@ -1,90 +1,122 @@
-"""The training step: gradient only into the projector.
+"""The training step: loss of some samples, and its gradient to the projector.
 
-Tower features are computed once per picture, before training, because nothing they depend on is trained. A step runs
-the language model from embeddings with the projected features written over the image tokens, and the language-model
-head only where there is a label. ``tests/training/test_step.py`` holds it to the plain
+Two of them. ``PackedStep`` is for a Llama and does nothing twice and nothing in vain: one packed pass without padding,
+the prompt's constant beginning computed once a run, the head where there is a label. ``PlainStep`` runs any other
+language model as transformers does, padded. ``tests/training/test_step.py`` holds both to the plain
 ``LlavaForConditionalGeneration`` forward: same loss, same projector gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
+from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from llava_pipeline.model.processor import IGNORE_INDEX
+from llava_pipeline.spec import StepSpec
+from llava_pipeline.training.attention import attention, lay_out
+from llava_pipeline.training.llama import FrozenLlama, can_run
+from llava_pipeline.training.pack import Pack, make_pack, passes
+from llava_pipeline.training.plain import collate, loss_sum
+from llava_pipeline.training.samples import Samples, shared_prefix
+
+FEWEST_PREFIX_TOKENS = 4  # below, what is saved is less than what the mask costs
+Features = Callable[[list[int]], Tensor]
+"""Tower features (I, P, D_vision) of some pictures, on the device."""
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Right-padded samples. ``features`` (I, P, D_vision) of the I that have a picture, in order; the rest (B, T)."""
+class Step(Protocol):
+    """Loss of samples by number; ``split`` says which of them go through the model together."""
 
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    attention_mask: torch.Tensor
-    features: torch.Tensor
+    samples: Samples
+    device: torch.device
 
-    @property
-    def num_labels(self) -> int:
-        """Supervised tokens: those that are predicted, so not the first of a row."""
-        return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
+    def split(self, indices: Sequence[int], most: int) -> list[list[int]]:
+        """Passes of at most ``most`` tokens."""
 
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on a device."""
-        return Batch(
-            self.input_ids.to(device),
-            self.labels.to(device),
-            self.attention_mask.to(device),
-            self.features.to(device),
+    def loss(self, indices: Sequence[int], scale: float = 1.0) -> Tensor:
+        """Sum of the losses of one pass, in nats, (); ``scale`` is what it is multiplied by before ``backward``."""
+
+
+class PackedStep:
+    """One packed pass through a frozen Llama.
+
+    Args:
+        model: placed where and in what precision it is to run.
+        samples: of one data set.
+        features: tower features of its pictures.
+        dtype: of the language model's matrix products.
+    """
+
+    def __init__(
+        self, model: LlavaForConditionalGeneration, samples: Samples, features: Features, dtype: torch.dtype,
+        spec: StepSpec, llama: FrozenLlama | None = None,
+    ) -> None:  # fmt: skip
+        self.samples, self.features, self.spec = samples, features, spec
+        self.projector = model.model.multi_modal_projector
+        self.image_token = int(model.config.image_token_index)
+        self.llama = llama or FrozenLlama(model.model.language_model, model.lm_head.weight, dtype, spec)
+        self.device = self.projector.linear_1.weight.device
+        prefix = shared_prefix(samples, self.image_token)
+        worth = spec.share_prefix and len(prefix) >= FEWEST_PREFIX_TOKENS
+        self.prefix = self.llama.prefix(prefix.to(self.device)) if worth else None
+        self.num_prefix = len(self.prefix) if self.prefix else 0
+
+    def split(self, indices: Sequence[int], most: int) -> list[list[int]]:
+        """Passes of at most ``most`` tokens."""
+        return passes(self.samples, indices, self.num_prefix, most, self.spec)
+
+    def loss(self, indices: Sequence[int], scale: float = 1.0) -> Tensor:
+        """Sum of the losses of one pass."""
+        pack = make_pack(self.samples, indices, self.num_prefix, self.spec).to(self.device)
+        attend = attention(lay_out(pack.lengths, self.num_prefix, self.device), self.llama.dtype)
+        x = self.embed(pack, self.samples.images_of(indices))
+        hidden = self.llama.hidden(x, pack.positions, attend, self.prefix, pack.rows)
+        total = self.llama.losses(hidden, pack.targets, scale).sum()
+        if self.prefix is not None:  # a constant: labels in the prefix, if any, count as the plain forward counts them
+            total = total - self.prefix.log_probs[pack.prefix_rows, pack.prefix_targets].sum()
+        return total
+
+    def embed(self, pack: Pack, images: list[int]) -> Tensor:
+        """(T, D) embeddings with projected features, in reading order, at the image tokens."""
+        x = self.llama.embed(pack.input_ids)
+        if not images:
+            return x
+        features = self.features(images)
+        projected = self.projector(features.to(self.projector.linear_1.weight.dtype)).flatten(0, 1)
+        return x.index_copy(0, (pack.input_ids == self.image_token).nonzero()[:, 0], projected.float())
+
+
+class PlainStep:
+    """Padded passes through transformers' own forward."""
+
+    def __init__(self, model: LlavaForConditionalGeneration, samples: Samples, features: Features) -> None:
+        self.model, self.samples, self.features = model, samples, features
+        self.device = model.model.multi_modal_projector.linear_1.weight.device
+
+    def split(self, indices: Sequence[int], most: int) -> list[list[int]]:
+        """Passes of at most ``most`` tokens, padding included."""
+        return passes(self.samples, indices, 0, most, StepSpec(pack=False, select=False))
+
+    def loss(self, indices: Sequence[int], scale: float = 1.0) -> Tensor:
+        """Sum of the losses of one pass."""
+        rows = [self.samples.of(k) for k in indices]
+        images = self.samples.images_of(indices)
+        pad = int(self.model.config.pad_token_id)
+        batch = collate([ids for ids, _ in rows], [labels for _, labels in rows], self.features(images), pad).to(
+            self.device
         )
+        return loss_sum(self.model, batch)
 
 
-@torch.no_grad()
-def tower_features(model: LlavaForConditionalGeneration, pixel_values: torch.Tensor) -> torch.Tensor:
-    """(B, 3, S, S) to the hidden state that is projected, (B, P, D_vision)."""
-    tower = model.model.vision_tower
-    states = tower(pixel_values.to(tower.dtype), output_hidden_states=True).hidden_states
-    features: torch.Tensor = states[model.config.vision_feature_layer]
-    return features[:, 1:] if model.config.vision_feature_select_strategy == "default" else features
-
-
-def collate(
-    input_ids: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], features: torch.Tensor, pad_token_id: int
-) -> Batch:
-    """Samples to a batch. The mask comes from lengths, never from the padding id (it may be a real token)."""
-    width = max(len(ids) for ids in input_ids)
-    shape = (len(input_ids), width)
-    ids = torch.full(shape, pad_token_id)
-    targets = torch.full(shape, IGNORE_INDEX)
-    mask = torch.zeros(shape, dtype=torch.long)
-    for row, (sample, label) in enumerate(zip(input_ids, labels, strict=True)):
-        ids[row, : len(sample)] = sample
-        targets[row, : len(label)] = label
-        mask[row, : len(sample)] = 1
-    return Batch(ids, targets, mask, features)
-
-
-def embed(model: LlavaForConditionalGeneration, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """(B, T, D) embeddings with projected features, in reading order, at the image tokens."""
-    embeddings = model.get_input_embeddings()(input_ids)
-    projector = model.model.multi_modal_projector
-    projected = projector(features.to(projector.linear_1.weight.dtype)).to(embeddings.dtype)
-    at_image = (input_ids == model.config.image_token_index)[..., None].expand_as(embeddings)
-    merged: torch.Tensor = embeddings.masked_scatter(at_image, projected)
-    return merged
-
-
-def loss_sum(model: LlavaForConditionalGeneration, batch: Batch, per_sample: bool = False) -> torch.Tensor:
-    """Cross entropy summed over supervised tokens, () or, per sample, (B,). Divide by the step's own token count."""
-    hidden = model.model.language_model(
-        inputs_embeds=embed(model, batch.input_ids, batch.features), attention_mask=batch.attention_mask
-    ).last_hidden_state
-    supervised = batch.labels[:, 1:] != IGNORE_INDEX
-    logits = model.lm_head(hidden[:, :-1][supervised]).float()
-    losses = torch.nn.functional.cross_entropy(logits, batch.labels[:, 1:][supervised], reduction="none")
-    if not per_sample:
-        return losses.sum()
-    rows = supervised.nonzero()[:, 0]
-    return torch.zeros(len(batch.labels), device=losses.device).index_add(0, rows, losses)
+def make_step(
+    model: LlavaForConditionalGeneration, samples: Samples, features: Features, dtype: torch.dtype, spec: StepSpec,
+    like: Step | None = None,
+) -> Step:  # fmt: skip
+    """The step for a model; with ``like``, one of the same model for other samples, which shares its weights."""
+    if can_run(model.config.text_config):
+        llama = like.llama if isinstance(like, PackedStep) else None
+        return PackedStep(model, samples, features, dtype, spec, llama)
+    return PlainStep(model, samples, features)

@@ -1,0 +1,358 @@
+"""One training from its job to its result, in a folder of its own, whatever happens on the way.
+
+    <out>/history.jsonl    a line per step, the same bytes however often the process was killed
+    <out>/checkpoints/     the newest two
+    <out>/result/          laid out as a checkpoint: the projector and what is to be told of it, once it is done
+
+It tells what happens as JSON lines on standard output: ``step``, ``note``, ``error``, ``done``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from llava_pipeline.errors import FrozenWeightsChanged, Interrupted, OtherTraining
+from llava_pipeline.model.assemble import Llava, load
+from llava_pipeline.model.freeze import count_parameters, frozen_digest
+from llava_pipeline.model.memory import CPU_ACTIVATION_BYTES, tokens_per_pass, training_bytes
+from llava_pipeline.model.speed import measured_flops
+from llava_pipeline.store import home
+from llava_pipeline.training import checkpoint, features
+from llava_pipeline.training.budget import Used, share
+from llava_pipeline.training.device import (
+    choose_device,
+    choose_precision,
+    device_name,
+    peak_memory,
+    place,
+)
+from llava_pipeline.training.job import TrainingJob, read_samples
+from llava_pipeline.training.llama import can_run, halve
+from llava_pipeline.training.loop import Pace, Place, StepRecord, Task, make_learner, train
+from llava_pipeline.training.step import make_step
+from llava_pipeline.training.work import useful_flops
+from llava_pipeline.training.world import World, join, leave
+
+log = logging.getLogger(__name__)
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
+SHARE_OF_FREE_MEMORY = 0.6  # of a card, that activations may take
+
+
+class StopAsked:
+    """Whether somebody asked this process to stop: by a signal, or by no longer reading what it tells."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+
+    def listen(self) -> None:
+        """From now on SIGTERM and SIGINT end the training after the step that runs."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.asked.set())
+
+    def __call__(self) -> bool:
+        return self.asked.is_set()
+
+
+class Teller:
+    """Tells the one who started this process what happens, a JSON object a line."""
+
+    def __init__(self, stream: TextIO, stop: StopAsked) -> None:
+        self.stream, self.stop = stream, stop
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        """Tell; when nobody reads any more, nobody waits for the result, and the training saves itself and ends."""
+        try:
+            print(json.dumps({"event": event, **fields}), file=self.stream, flush=True)
+        except BrokenPipeError:
+            self.stop.asked.set()
+            self.stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def run(job: TrainingJob, out: Path, tell: Teller, stop: StopAsked, allow_change: bool = False) -> None:
+    """Train, or go on with a training, until its budget is used up.
+
+    Raises:
+        OtherTraining: the folder holds another training, or one that is running.
+        Interrupted: it was asked to stop, and has saved where it was.
+        Diverged: the loss stopped being a number.
+        OutOfMemory: one sample takes more memory than there is.
+        FrozenWeightsChanged: a frozen part differs afterwards.
+    """
+    began = time.monotonic()
+    world = join(choose_device(job.spec.device))
+    try:
+        with locked(out, world):
+            if checkpoint.newest(out / "result") is None:
+                Training(job, out, world, began).run(tell, stop, allow_change)
+        if world.rank == 0:
+            tell("done")
+    finally:
+        leave(world)
+
+
+@contextmanager
+def locked(out: Path, world: World) -> Iterator[None]:
+    """The folder for this training alone.
+
+    Raises:
+        OtherTraining: another process trains there.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "lock").open("w") as file:
+        if world.rank == 0:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise OtherTraining(
+                    f"another process trains in {out}; wait for it, stop it, or name another folder"
+                ) from error
+        world.wait()
+        yield
+
+
+class Training:
+    """A training while it runs: the live model and what is on disk of it."""
+
+    def __init__(self, job: TrainingJob, out: Path, world: World, began: float) -> None:
+        self.job, self.out, self.world, self.spec, self.began = job, out, world, job.spec, began
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        self.dtype = choose_precision(self.spec.precision, world.device)
+        self.llava = load_frozen(job, world.device, self.dtype)
+        self.before = frozen_digest(self.llava.model)
+        self.task = self.make_task()
+        projector = list(self.llava.model.model.multi_modal_projector.parameters())
+        self.learner = make_learner(projector, self.spec, self.dtype)
+        self.place = Place(tokens_per_pass=self.spec.tokens_per_pass or self.fitting_tokens())
+        self.peak_flops = 0.0
+
+    def make_task(self) -> Task:
+        """Samples, their features and the steps."""
+        model, image_token = self.llava.model, int(self.llava.model.config.image_token_index)
+        samples, pixels = read_samples(self.job.train, image_token)
+        normalise, device = self.llava.processor.normalise, self.world.device
+        arguments = (model, pixels, normalise)
+        ready: features.StepFeatures
+        if features.worth_keeping(*arguments, self.spec, len(samples), device):
+            folder = home() / "features" / self.features_key()
+            ready = features.keep(*arguments, folder, self.spec.features_gb * 1e9, self.world)
+        else:
+            ready = features.Computed(*arguments, device)
+        step = make_step(model, samples, ready, self.dtype, self.spec.step)
+        if self.job.held_out is None or self.spec.held_out_samples == 0:
+            return Task(step, ready)
+        samples, pixels = read_samples(self.job.held_out, image_token)
+        samples = samples.first(self.spec.held_out_samples)
+        seen = features.Computed(model, pixels, normalise, device)
+        seen.load(samples.images_of(range(len(samples))), [])
+        return Task(step, ready, make_step(model, samples, seen, self.dtype, self.spec.step, like=step))
+
+    def features_key(self) -> str:
+        """Of kept features: everything that they depend on."""
+        model = self.job.model
+        tower = sorted(model.backbones.vision_tower.sha256.items())
+        layer = (model.spec.vision_feature_layer, model.spec.vision_feature_select_strategy)
+        parts = (
+            self.job.train.digest,
+            tower,
+            layer,
+            str(self.dtype),
+            device_name(self.world.device),
+            torch.__version__,
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+    def fitting_tokens(self) -> int:
+        """Tokens of a pass that memory has room for."""
+        text, free = self.llava.model.config.text_config, float(CPU_ACTIVATION_BYTES)
+        if self.world.device.type == "cuda":
+            free = SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info(self.world.device)[0]
+        return tokens_per_pass(text, self.dtype.itemsize, free)
+
+    def run(self, tell: Teller, stop: StopAsked, allow_change: bool) -> None:
+        """From the newest checkpoint on to the result.
+
+        Raises:
+            Interrupted: it was asked to stop.
+        """
+        history_bytes = self.restore(allow_change)
+        self.peak_flops = measured_flops(self.world.device, self.dtype)
+        self.place.used = replace(self.place.used, seconds=self.place.used.seconds + time.monotonic() - self.began)
+        saved = time.monotonic()
+        with open_history(self.out if self.world.rank == 0 else None, history_bytes) as history:
+            for record, pace in train(self.task, self.learner, self.spec, self.world, self.place, stopped=stop):
+                self.tell_step(record, pace, history, tell)
+                if time.monotonic() - saved >= self.spec.checkpoint_seconds:
+                    self.save(history)
+                    saved = time.monotonic()
+            if share(self.spec, self.place.used) < 1:
+                self.save(history)
+                raise Interrupted(f"stopped after step {self.place.used.steps}; start it again to go on from there")
+        self.finish()
+
+    def tell_step(self, record: StepRecord, pace: Pace, history: TextIO, tell: Teller) -> None:
+        """A step into the history, and to whoever listens, with what this run alone knows of it."""
+        if self.world.rank:
+            return
+        print(json.dumps(record.as_json()), file=history, flush=True)
+        flops = useful_flops(self.llava.model, self.task.step.samples, record.samples) / pace.seconds
+        tell(
+            "step", **record.as_json(), **asdict(pace), time=time.time(), num_processes=self.world.size,
+            total_seconds=self.place.used.seconds, peak_memory_bytes=peak_memory(self.world.device),
+            share=min(1.0, share(self.spec, self.place.used)), useful_flops_per_second=flops,
+            mfu=flops / (self.peak_flops * self.world.size),
+            cost=self.place.used.seconds / 3600 * self.spec.price_per_hour,
+        )  # fmt: skip
+
+    def restore(self, allow_change: bool) -> int:
+        """Go on from the newest whole checkpoint; how many bytes of the history belong to it.
+
+        Raises:
+            OtherTraining: it is of another spec, seed, data or library version.
+        """
+        folder = self.out / "checkpoints"
+        checkpoint.sweep(folder)
+        if (found := checkpoint.newest(folder)) is None:
+            return 0
+        tensors, state = found
+        refuse_another(state["identity"], self.job.identity(), allow_change, self.out)
+        parameters = dict(zip(self.names(), self.learner.projector, strict=True))
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[name])
+        moments = {
+            number: {key: tensors[f"{name}.{key}"] for key in MOMENTS if f"{name}.{key}" in tensors}
+            for number, name in enumerate(parameters)
+        }
+        empty = self.learner.optimizer.state_dict()
+        self.learner.optimizer.load_state_dict({**empty, "state": {n: m for n, m in moments.items() if m}})
+        if state["scaler"]:
+            self.learner.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(tensors["generator"])
+        used = Used(**state["place"].pop("used"))
+        self.place = Place(used=used, **state["place"])
+        log.info("going on after step %d", used.steps)
+        return int(state["history_bytes"])
+
+    def save(self, history: TextIO) -> None:
+        """Write a checkpoint; the history is on the disk before it."""
+        if self.world.rank:
+            return
+        history.flush()
+        os.fsync(history.fileno())
+        tensors: dict[str, Tensor] = {"generator": torch.get_rng_state()}
+        for name, parameter in zip(self.names(), self.learner.projector, strict=True):
+            tensors[name] = parameter.detach().cpu()
+            moments = self.learner.optimizer.state.get(parameter, {})
+            tensors |= {f"{name}.{key}": moments[key].detach().cpu() for key in MOMENTS if key in moments}
+        state = {
+            "identity": self.job.identity(), "place": asdict(self.place), "scaler": self.learner.scaler.state_dict(),
+            "history_bytes": history.tell(),
+        }  # fmt: skip
+        checkpoint.write(self.out / "checkpoints", self.place.used.steps, tensors, state)
+
+    def names(self) -> list[str]:
+        """Of the projector's parameters."""
+        return [name for name, _ in self.llava.model.model.multi_modal_projector.named_parameters()]
+
+    def finish(self) -> None:
+        """Prove that what was frozen is unchanged, and put the result in place.
+
+        Raises:
+            FrozenWeightsChanged: it is not; there is no result then.
+        """
+        after = frozen_digest(self.llava.model)
+        if after != self.before:
+            raise FrozenWeightsChanged("a frozen part changed during training; this is a defect, please report it")
+        if self.world.rank:
+            return
+        measured, predicted = peak_memory(self.world.device), self.predicted_memory()
+        log.info("peak memory %.2f GB, %.2f GB were predicted", measured / 1e9, predicted / 1e9)
+        state = {
+            "num_steps": self.place.used.steps, "num_samples": self.place.used.samples,
+            "num_skipped_steps": self.place.num_skipped, "seconds": self.place.used.seconds,
+            "device": device_name(self.world.device), "num_processes": self.world.size,
+            "precision": str(self.dtype).removeprefix("torch."), "peak_memory_bytes": measured,
+            "predicted_memory_bytes": predicted, "peak_flops": self.peak_flops, "frozen_digest": self.before,
+            "cost": self.place.used.seconds / 3600 * self.spec.price_per_hour,
+        }  # fmt: skip
+        weights = {
+            name: parameter.detach().float().cpu()
+            for name, parameter in zip(self.names(), self.learner.projector, strict=True)
+        }
+        checkpoint.write(self.out / "result", self.place.used.steps, weights, state)
+
+    def predicted_memory(self) -> int:
+        """What ``plan`` would have said of this training."""
+        model = self.llava.model
+        counts = {part: total for part, (total, _) in count_parameters(model).items()}
+        stored = model.lm_head.weight.dtype.itemsize
+        return training_bytes(
+            model.config.text_config, counts, self.place.tokens_per_pass, self.dtype.itemsize, stored,
+            self.world.device.type == "cpu",
+        )  # fmt: skip
+
+
+def load_frozen(job: TrainingJob, device: torch.device, dtype: torch.dtype) -> Llava:
+    """The model where it is to run, its weights in the precision of products or, without loss, in the half of it."""
+    llava = load(job.model)
+    place(llava.model, device, dtype)
+    parts = llava.model.model.language_model, llava.model.lm_head
+    if dtype == torch.float32 and job.spec.step.halve and can_run(llava.model.config.text_config):
+        halve(*parts)
+    return llava
+
+
+@contextmanager
+def open_history(out: Path | None, num_bytes: int) -> Iterator[TextIO]:
+    """The history file behind its first ``num_bytes``; what steps wrote after the last checkpoint is written again."""
+    path = Path(os.devnull) if out is None else out / "history.jsonl"
+    with path.open("a", encoding="utf-8") as file:
+        if out is not None:
+            file.truncate(num_bytes)
+            file.seek(num_bytes)
+        yield file
+
+
+def refuse_another(theirs: dict[str, Any], ours: dict[str, Any], allow_change: bool, out: Path) -> None:
+    """Refuse to go on with a training that is not this one, unless told to.
+
+    Raises:
+        OtherTraining: a spec, a seed, the data or a library's version differs.
+    """
+    different = list(differences(theirs, ours))
+    if not different:
+        return
+    if not allow_change:
+        raise OtherTraining(
+            f"{out} holds a training with {'; '.join(different[:3])}; use another folder, or --allow-change to go on "
+            "with it all the same"
+        )
+    log.warning("going on with a training that had %s", "; ".join(different))
+
+
+def differences(theirs: Any, ours: Any, where: str = "") -> Iterator[str]:
+    """What is not equal, in words."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in sorted(theirs.keys() | ours.keys()):
+            yield from differences(theirs.get(key), ours.get(key), f"{where}.{key}" if where else key)
+    elif theirs != ours:
+        yield f"{where}={_short(theirs)} (now {_short(ours)})"
+
+
+def _short(value: Any) -> str:
+    return str(value)[:12]

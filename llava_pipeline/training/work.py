@@ -1,0 +1,30 @@
+"""How many operations a step needs, whatever tricks are used: the measure that throughput is told against.
+
+Derived in docs/benchmarks.md: forward and the gradient to the input through the language model, no weight gradients
+but the projector's, causal attention, the head where a label is, the tower once a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from transformers import LlavaForConditionalGeneration
+
+from llava_pipeline.training.samples import NO_PICTURE, Samples
+
+
+def useful_flops(model: LlavaForConditionalGeneration, samples: Samples, indices: Iterable[int]) -> float:
+    """Floating-point operations of these samples as the plain model needs them, without padding."""
+    config = model.config.text_config
+    body = sum(p.numel() for layer in model.model.language_model.layers for p in layer.parameters())
+    head, tower = model.lm_head.weight.numel(), sum(p.numel() for p in model.model.vision_tower.parameters())
+    projector = sum(p.numel() for p in model.model.multi_modal_projector.parameters())
+    places = int(model.config.image_seq_length)
+    total = 0.0
+    for k in indices:
+        tokens, supervised = samples.num_tokens([k]), samples.num_supervised([k])
+        attention = 2 * config.hidden_size * config.num_hidden_layers * tokens**2
+        total += 4 * body * tokens + 3 * attention + 4 * head * supervised
+        if int(samples.image[k]) != NO_PICTURE:
+            total += 6 * projector * places + 2 * tower * (places + 1)
+    return total
