@@ -4,8 +4,8 @@
     python -m benchmarks.seed_recipe --shapes quick --arm literal --steps 3 --json
 
 Arms: "literal" is the article's; "tuned" lets two worker processes decode and tokenise ahead, which costs one line;
-"amp" is bfloat16 autocast, which the article does not have and a CPU can do. Each arm in a process of its own. All start from the same projector and see
-the same samples in the same steps of eight.
+"amp" is bfloat16 autocast, which the article does not have and a CPU can do. Each arm takes a process of its own. All
+start from the same projector and see the same samples in the same steps of eight.
 
 What today's libraries (transformers 5.23, accelerate 1.15) change, and nothing else is changed:
 

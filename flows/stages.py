@@ -21,6 +21,7 @@ from prefect.runtime import flow_run
 from prefect.tasks import exponential_backoff
 from pydantic import BaseModel
 
+from flows.following import followers
 from flows.retries import will_pass
 from flows.workers import validate_with_workers
 from llava_pipeline.code_digest import code_digest
@@ -178,11 +179,12 @@ def show_report(data: ValidatedData) -> None:
         log.warning("the data report is not shown in Prefect: %s", error)
 
 
-@stage("llava_pipeline.stages.train", minutes=24 * 60)
+@stage("llava_pipeline.stages.train", minutes=24 * 60, retries=3)  # it goes on where it was killed
 def train_projector(model: AssembledModel, data: ValidatedData, spec: TrainingSpec) -> TrainedProjector:
     from llava_pipeline.stages import train
 
-    return train.train_projector(model, data, spec)
+    with followers() as follow:
+        return train.train_projector(model, data, spec, follow)
 
 
 @stage("llava_pipeline.stages.evaluate", minutes=240)
@@ -192,7 +194,7 @@ def evaluate_generations(projector: TrainedProjector, held_out: Snapshot, spec: 
     return evaluate.evaluate_generations(projector, held_out, spec)
 
 
-@stage("llava_pipeline.stages.record", minutes=30, reuse=False)
+@stage("llava_pipeline.stages.record", minutes=30, retries=3, reuse=False)
 def record_run(spec: RunSpec, evaluation: Evaluation) -> RecordedRun:
     from llava_pipeline.stages import record
 

@@ -29,7 +29,8 @@ LlavaPipelineError                 exit code 1: something failed
 │   ├── Interrupted                asked to stop; it goes on from where it was when it is started again
 │   ├── TrainerDied                the process that trained was killed
 │   └── FrozenWeightsChanged       a frozen part's digest differs after training
-└── TrackingError                  MLflow cannot be reached or refuses
+└── TrackingError                  MLflow refuses
+    └── TrackingUnavailable        MLflow cannot be reached
 """
 
 from __future__ import annotations
@@ -156,4 +157,8 @@ class FrozenWeightsChanged(TrainingError):
 
 
 class TrackingError(LlavaPipelineError):
-    """MLflow cannot be reached, or refuses."""
+    """MLflow refuses."""
+
+
+class TrackingUnavailable(TrackingError):
+    """MLflow cannot be reached."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import requests
 
 from llava_pipeline import store
-from llava_pipeline.errors import TrackingError
+from llava_pipeline.errors import TrackingError, TrackingUnavailable
 from llava_pipeline.tracking.settings import (
     URI_VARIABLE,
     Settings,
@@ -49,9 +49,9 @@ def check_reachable(settings: Settings) -> None:
     try:
         response = requests.get(f"{uri.rstrip('/')}/health", timeout=settings.tracking.timeout_seconds)
     except requests.RequestException as error:
-        raise TrackingError(_unreachable(settings, uri, _reason(error, settings))) from error
+        raise TrackingUnavailable(_unreachable(settings, uri, _reason(error, settings))) from error
     if not response.ok:
-        raise TrackingError(_unreachable(settings, uri, f"HTTP {response.status_code} from /health"))
+        raise TrackingUnavailable(_unreachable(settings, uri, f"HTTP {response.status_code} from /health"))
 
 
 def connect(settings: Settings) -> MlflowClient:

@@ -29,6 +29,17 @@ LIBRARIES = (
     "mlflow",
     "prefect",
 )
+STEP_METRICS = (
+    "loss",
+    "held_out_loss",
+    "learning_rate",
+    "grad_norm",
+    "mfu",
+    "useful_flops_per_second",
+    "tokens_per_pass",
+    "peak_memory_bytes",
+    "cost",
+)
 MAX_PARAMETER = 6000
 MAX_TAG = 5000
 
@@ -39,7 +50,7 @@ class Point(NamedTuple):
     key: str
     value: float
     step: int
-    seconds: float  # since training began
+    time: float  # seconds since the epoch
 
 
 def metric_part(name: str) -> str:
@@ -95,18 +106,27 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def training_curve(rows: list[dict[str, Any]]) -> list[Point]:
-    """The metrics of every optimizer step. ``seconds`` of a row is the duration of that step alone."""
-    points, elapsed = [], 0.0
-    for row in rows:
-        step, seconds = int(row["step"]), float(row.get("seconds") or 0.0)
-        elapsed += seconds
-        values = {f"train/{key}": row.get(key) for key in ("loss", "learning_rate", "grad_norm")}
-        for unit in ("samples", "tokens"):
-            if seconds > 0 and row.get(f"num_{unit}") is not None:
-                values[f"train/{unit}_per_second"] = row[f"num_{unit}"] / seconds
-        points += [Point(key, float(value), step, elapsed) for key, value in values.items() if value is not None]
-    return points
+def training_curve(rows: list[dict[str, Any]], began: float) -> list[Point]:
+    """The metrics of every optimizer step, at the time it was taken.
+
+    Steps of an earlier run, whose result is reused, are moved so that the last one is taken ``began``, when the run
+    that shows them began.
+    """
+    last = max((float(row.get("time") or 0.0) for row in rows), default=0.0)
+    moved = max(0.0, began - last)
+    return [point for row in rows for point in step_points(row, moved)]
+
+
+def step_points(row: dict[str, Any], moved: float = 0.0) -> Iterator[Point]:
+    """The metrics of one step, as the training process told it."""
+    seconds = float(row.get("seconds") or 0.0)
+    values = {f"train/{key}": row.get(key) for key in STEP_METRICS}
+    if seconds > 0:
+        values |= {f"train/{unit}_per_second": row[f"num_{unit}"] / seconds for unit in ("samples", "tokens")}
+        values["train/data_wait_share"] = float(row.get("data_seconds") or 0.0) / seconds
+    for key, value in values.items():
+        if value is not None:
+            yield Point(key, float(value), int(row["step"]), float(row.get("time") or 0.0) + moved)
 
 
 def results(evaluation: Evaluation) -> dict[str, float]:
@@ -118,7 +138,10 @@ def results(evaluation: Evaluation) -> dict[str, float]:
         "train/num_steps": trained.num_steps,
         "train/num_samples": trained.num_samples,
         "train/num_skipped_steps": trained.num_skipped_steps,
+        "train/final_held_out_loss": trained.held_out_loss,
+        "train/num_processes": trained.num_processes,
         "train/peak_memory_bytes": trained.peak_memory_bytes,
+        "train/predicted_memory_bytes": trained.predicted_memory_bytes,
         "eval/seconds": evaluation.seconds,
         "eval/num_questions": evaluation.num_questions,
         "eval/blind_rate": evaluation.blind_rate,

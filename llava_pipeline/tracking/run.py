@@ -50,8 +50,8 @@ def record(
 ) -> RecordedRun:
     """Record a finished pipeline run and register its projector as a new version.
 
-    Every call is a run of its own, and registers one version; the version is made last, when all
-    files are in. ``started`` is when the pipeline run began, in seconds since the epoch.
+    Every call registers one version, made last, when all files are in; the run is the one that ``begin`` began for the
+    same flow run, or a new one. ``started`` is when the pipeline run began, in seconds since the epoch.
 
     Raises:
         TrackingError: MLflow cannot be reached, or refuses; the run ends as FAILED with the reason.
@@ -59,9 +59,9 @@ def record(
     """
     with refusals("record the run in MLflow"):
         client = connect(settings)
-        experiment_id, run_id = _start(client, spec, settings, tags, started)
+        experiment_id, run_id = begin(client, spec, settings, tags, started)
     try:
-        _describe(client, run_id, spec, evaluation)
+        _describe(client, run_id, spec, evaluation, time.time() if started is None else started)
         _log_files(client, run_id, spec, evaluation)
         version = register(client, spec, evaluation, run_id, settings)
         client.set_tag(run_id, "llava.registered_version", version)
@@ -107,6 +107,17 @@ def record_failure(
     return run_id
 
 
+def begin(
+    client: MlflowClient, spec: RunSpec, settings: Settings, tags: dict[str, str], started: float | None
+) -> tuple[str, str]:
+    """Ids of the experiment and of the flow run's own run: the one begun that has no version yet, or a new one."""
+    run_id = _begun(client, settings, tags)
+    if run_id is None or "llava.registered_version" in client.get_run(run_id).data.tags:
+        return _start(client, spec, settings, tags, started)
+    client.update_run(run_id, status="RUNNING")
+    return client.get_run(run_id).info.experiment_id, run_id
+
+
 def _start(
     client: MlflowClient, spec: RunSpec, settings: Settings, tags: dict[str, str], started: float | None
 ) -> tuple[str, str]:
@@ -129,13 +140,13 @@ def _begun(client: MlflowClient, settings: Settings, tags: dict[str, str]) -> st
     return str(found[0].info.run_id) if found else None
 
 
-def _describe(client: MlflowClient, run_id: str, spec: RunSpec, evaluation: Evaluation) -> None:
+def _describe(client: MlflowClient, run_id: str, spec: RunSpec, evaluation: Evaluation, began: float) -> None:
     """Parameters, metrics, tags and data sets; the client sends them in parts that a server takes."""
     from mlflow.entities import Param, RunTag
 
     client.log_batch(
         run_id,
-        metrics=list(_metrics(evaluation)),
+        metrics=list(_metrics(evaluation, began)),
         params=[Param(*item) for item in content.parameters(spec, evaluation).items()],
         tags=[RunTag(*item) for item in content.tags_of_evaluation(evaluation).items()],
     )
@@ -143,17 +154,22 @@ def _describe(client: MlflowClient, run_id: str, spec: RunSpec, evaluation: Eval
     client.log_inputs(run_id, datasets=[_dataset_input(train, "training"), _dataset_input(held_out, "evaluation")])
 
 
-def _metrics(evaluation: Evaluation) -> Iterator[Metric]:
-    """The curve of the training, which ends now on the time axis, and then the results."""
+def _metrics(evaluation: Evaluation, began: float) -> Iterator[Metric]:
+    """The curve of the training, and then the results. What was sent while it trained is sent again: MLflow keeps a
+    point that has the same value, step and time once, and so none is missing."""
     from mlflow.entities import Metric
 
-    now = int(time.time() * 1000)
-    curve = content.training_curve(content.read_rows(content.history(evaluation)))
-    zero = now - int(1000 * max((point.seconds for point in curve), default=0.0))
-    for point in curve:
-        yield Metric(point.key, point.value, zero + int(1000 * point.seconds), point.step)
+    for point in content.training_curve(content.read_rows(content.history(evaluation)), began):
+        yield as_metric(point)
     for key, value in content.results(evaluation).items():
-        yield Metric(key, value, now, evaluation.projector.num_steps)
+        yield Metric(key, value, int(time.time() * 1000), evaluation.projector.num_steps)
+
+
+def as_metric(point: content.Point) -> Metric:
+    """A point as MLflow takes it."""
+    from mlflow.entities import Metric
+
+    return Metric(point.key, point.value, int(point.time * 1000), point.step)
 
 
 def _dataset_input(snapshot: Snapshot, context: str) -> DatasetInput:

@@ -84,11 +84,11 @@ def over_sequence(layout: Layout) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor, prefix: KeysValues | None) -> Tensor:
         if prefix is not None:
             k, v = (_interleave(one.to(x.dtype), x, layout.lengths) for one, x in zip(prefix, (k, v), strict=True))
-        out: Tensor = varlen_attn(
+        out = varlen_attn(
             q, k, v, ends, key_ends, longest, longest + layout.num_prefix,
             window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
-        return out
+        return out if isinstance(out, Tensor) else out[0]
 
     return attend
 

@@ -152,7 +152,8 @@ def spread(x: Tensor, grid: Tensor, back: Tensor) -> Tensor:
     """Packed rows (T, ...) into a grid (B, L, ...). Cells without a row of their own repeat row 0, and give it no
     gradient: ``back`` (T,) is the cell of every row."""
     out: Tensor = _Move.apply(x, grid.flatten(), back)  # type: ignore[no-untyped-call]
-    return out.unflatten(0, grid.shape)
+    cells: Tensor = out.unflatten(0, grid.shape)
+    return cells
 
 
 class _TokenLoss(torch.autograd.Function):

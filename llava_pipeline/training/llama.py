@@ -66,7 +66,8 @@ def _folded(layers: list[nn.Linear], fold: bool) -> list[Tensor]:
 
 def _products(x: Tensor, weights: list[Tensor], sizes: list[int]) -> tuple[Tensor, ...]:
     if len(weights) == 1:
-        return frozen.linear(x, weights[0]).split(sizes, -1)
+        whole: tuple[Tensor, ...] = frozen.linear(x, weights[0]).split(sizes, -1)
+        return whole
     return tuple(frozen.linear(x, weight) for weight in weights)
 
 

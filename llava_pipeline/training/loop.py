@@ -201,7 +201,7 @@ def _passes(step: Step, learner: Learner, split: list[list[int]], num_supervised
         total = torch.zeros((), dtype=torch.float64, device=step.device)
         for part in split:
             loss = step.loss(part, scale)
-            (loss * scale).backward()  # type: ignore[no-untyped-call]
+            (loss * scale).backward()
             total += loss.detach()
         return float(total)
     except (MemoryError, RuntimeError) as error:
