@@ -1,8 +1,9 @@
 """Causal attention over samples that lie one behind the other without padding, all behind one shared prefix.
 
-No sample sees another. Two ways of the same result: ``over_grid`` lays the samples out as rows of a grid, where the
-padding that appears costs attention alone (two hundredths of the work); ``over_sequence`` leaves them packed, on cards
-whose flash attention takes sequences of any length (compute capability 8.0 and later, torch 2.12 and later).
+No sample sees another. Three ways to the same result: ``over_grid`` lays the samples out as rows of a grid, whose
+padding costs attention alone; ``one_by_one`` pads nothing and calls once a sample, which pays on a CPU where samples
+are long and of different lengths; ``over_sequence`` pads nothing and calls once, on cards whose flash attention takes
+sequences of any length (compute capability 8.0 and later, torch 2.12 and later).
 """
 
 from __future__ import annotations
@@ -19,22 +20,19 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from llava_pipeline.training.frozen import spread
 
+LONG, MUCH_OF_GRID = 128, 0.8
 KeysValues = tuple[Tensor, Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor, KeysValues | None], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where B samples of T tokens in all lie: (B, L) row of every cell, (T,) cell of every row, and what may be seen.
-
-    ``mask`` (L, prefix + L) is None where plain causality says it all.
-    """
+    """Where B samples of T tokens in all lie: (B, L) row of every cell, (T,) cell of every row."""
 
     lengths: tuple[int, ...]
     num_prefix: int
     grid: Tensor
     back: Tensor
-    mask: Tensor | None
 
 
 def lay_out(lengths: tuple[int, ...], num_prefix: int, device: torch.device) -> Layout:
@@ -45,31 +43,49 @@ def lay_out(lengths: tuple[int, ...], num_prefix: int, device: torch.device) -> 
     inside = column < torch.tensor(lengths)[:, None]
     grid = torch.where(inside, torch.tensor(starts)[:, None] + column, 0)
     back = inside.flatten().nonzero()[:, 0]
-    mask = None
-    if num_prefix:
-        seen = column[:, None] + num_prefix >= torch.arange(num_prefix + longest)
-        mask = seen.to(device)
-    return Layout(lengths, num_prefix, grid.to(device), back.to(device), mask)
+    return Layout(lengths, num_prefix, grid.to(device), back.to(device))
 
 
 def over_grid(layout: Layout) -> Attend:
-    """Attention by torch's scaled dot product over the grid. q is (T, H, d), k and v are (T, H_kv, d)."""
+    """Attention over the grid in one call. q is (T, H, d), k and v are (T, H_kv, d)."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, prefix: KeysValues | None) -> Tensor:
-        query, key, value = (spread(x, layout.grid, layout.back).transpose(1, 2) for x in (q, k, v))
-        if prefix is not None:
-            key, value = (_behind(one, x) for one, x in zip(prefix, (key, value), strict=True))
-        out = scaled_dot_product_attention(
-            query, key, value, attn_mask=layout.mask, is_causal=layout.mask is None, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return out.transpose(1, 2).flatten(0, 1).index_select(0, layout.back)
+        query, key, value = (spread(x, layout.grid, layout.back) for x in (q, k, v))
+        return _causal(query, key, value, prefix).flatten(0, 1).index_select(0, layout.back)
 
     return attend
 
 
+def one_by_one(layout: Layout) -> Attend:
+    """Attention of one sample after the other."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, prefix: KeysValues | None) -> Tensor:
+        samples = zip(*(x.split(layout.lengths) for x in (q, k, v)), strict=True)
+        return torch.cat([_causal(a[None], b[None], c[None], prefix)[0] for a, b, c in samples])
+
+    return attend
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, prefix: KeysValues | None) -> Tensor:
+    """(B, L, H, d) of queries over keys and values (B, L, H_kv, d), all of which see the prefix.
+
+    The prefix gets queries too, of zeros, and what comes of them is dropped: plain causality needs no mask, and torch
+    is up to four times as fast without one on a CPU.
+    """
+    num_prefix = 0
+    if prefix is not None:
+        num_prefix = len(prefix[0])
+        key, value = (_behind(one, x) for one, x in zip(prefix, (key, value), strict=True))
+        query = torch.nn.functional.pad(query, (0, 0, 0, 0, num_prefix, 0))
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    shared = query.shape[1] != key.shape[1]
+    out = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=shared)
+    return out.transpose(1, 2)[:, num_prefix:]
+
+
 def _behind(prefix: Tensor, x: Tensor) -> Tensor:
-    """(P, H, d) once before every row of (B, H, L, d)."""
-    return torch.cat([prefix.transpose(0, 1).expand(len(x), -1, -1, -1).to(x.dtype), x], 2)
+    """(P, H, d) once before every row of (B, L, H, d)."""
+    return torch.cat([prefix.expand(len(x), -1, -1, -1).to(x.dtype), x], 1)
 
 
 def over_sequence(layout: Layout) -> Attend:
@@ -110,6 +126,11 @@ def has_varlen(device: torch.device) -> bool:
 
 
 def attention(layout: Layout, dtype: torch.dtype) -> Attend:
-    """The better of the two for a device and a precision."""
-    packed = has_varlen(layout.back.device) and dtype in (torch.float16, torch.bfloat16)
-    return over_sequence(layout) if packed else over_grid(layout)
+    """The best of the three for a device, a precision and the samples' lengths."""
+    device = layout.back.device
+    if has_varlen(device) and dtype in (torch.float16, torch.bfloat16):
+        return over_sequence(layout)
+    longest = max(layout.lengths)
+    padded, needed = len(layout.lengths) * longest**2, sum(length**2 for length in layout.lengths)
+    uneven = longest >= LONG and needed < MUCH_OF_GRID * padded
+    return one_by_one(layout) if device.type == "cpu" and uneven else over_grid(layout)

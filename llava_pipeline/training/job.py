@@ -15,7 +15,7 @@ from llava_pipeline.contracts import ArtifactRef, AssembledModel
 from llava_pipeline.errors import IncompatibleParts, SpecError
 from llava_pipeline.spec import Frozen, TrainingSpec
 from llava_pipeline.store import open_artifact
-from llava_pipeline.training.samples import Samples
+from llava_pipeline.training.samples import Samples, refuse_unsupervised
 
 TOKENS, PIXELS = "tokens.safetensors", "pixels.safetensors"
 DECIDE_NOTHING = {"price_per_hour", "checkpoint_seconds", "features_gb", "num_processes"}
@@ -61,6 +61,7 @@ def read_samples(ref: ArtifactRef, image_token: int) -> tuple[Samples, Tensor]:
     """Samples and the pictures (N, S, S, 3) uint8 they are about; both stay on disk until they are used.
 
     Raises:
+        NothingToLearn: a sample has no supervised token.
         IncompatibleParts: a picture that does not exist is named, or one has no place in its sample's ids.
     """
     folder = open_artifact(ref)
@@ -68,6 +69,7 @@ def read_samples(ref: ArtifactRef, image_token: int) -> tuple[Samples, Tensor]:
     samples = Samples(tokens["ids"], tokens["labels"], tokens["begins"], tokens["image"])
     if len(samples.image) and int(samples.image.max()) >= len(pixels):
         raise IncompatibleParts(f"samples name picture {int(samples.image.max())} of {len(pixels)}; make them anew")
+    refuse_unsupervised(samples)
     owner = torch.repeat_interleave(torch.arange(len(samples)), samples.begins.diff())
     has_slot = torch.zeros(len(samples), dtype=torch.bool)
     has_slot[owner[samples.ids == image_token]] = True

@@ -42,11 +42,10 @@ class Pack:
         return Pack(lengths=self.lengths, **moved)
 
 
-def needed(labels: Tensor, num_prefix: int, spec: StepSpec) -> int:
-    """How many tokens of a sample are computed in a pack."""
-    if not spec.select:
-        return len(labels) - num_prefix
-    return int((labels[1:] != IGNORE_INDEX).nonzero().max()) + 1 - num_prefix
+def needed(samples: Samples, k: int, num_prefix: int, spec: StepSpec) -> int:
+    """How many tokens of sample ``k`` are computed in a pack."""
+    end = samples.last_predictor[k] + 1 if spec.select else samples.lengths[k]
+    return end - num_prefix
 
 
 def passes(samples: Samples, indices: Sequence[int], num_prefix: int, most: int, spec: StepSpec) -> list[list[int]]:
@@ -54,7 +53,7 @@ def passes(samples: Samples, indices: Sequence[int], num_prefix: int, most: int,
     out: list[list[int]] = []
     total = longest = 0
     for k in indices:
-        length = needed(samples.of(k)[1], num_prefix, spec)
+        length = needed(samples, k, num_prefix, spec)
         longest = max(longest, length)
         count = total + length if spec.pack else longest * (len(out[-1]) + 1 if out else 1)
         if not out or count > most:
@@ -70,10 +69,10 @@ def make_pack(samples: Samples, indices: Sequence[int], num_prefix: int, spec: S
     ids, positions, lengths, rows, targets = [], [], [], [], []
     prefix_rows, prefix_targets = [], []
     start = 0
-    longest = max(needed(samples.of(k)[1], num_prefix, spec) for k in indices)
+    longest = max(needed(samples, k, num_prefix, spec) for k in indices)
     for k in indices:
         own, labels = samples.of(k)
-        length = needed(labels, num_prefix, spec)
+        length = needed(samples, k, num_prefix, spec)
         kept, following = own[num_prefix : num_prefix + length], labels[num_prefix + 1 : num_prefix + 1 + length]
         if not spec.pack:
             kept = torch.nn.functional.pad(kept, (0, longest - length))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -18,9 +18,12 @@ from llava_pipeline.model.processor import IGNORE_INDEX
 NO_PICTURE = -1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Samples:
-    """N samples: (T,) ids and labels of all, (N + 1,) places where each begins, (N,) its picture or ``NO_PICTURE``."""
+    """N samples: (T,) ids and labels of all, (N + 1,) places where each begins, (N,) its picture or ``NO_PICTURE``.
+
+    A token is supervised if it has a label and another one before it, which predicts it.
+    """
 
     ids: Tensor
     labels: Tensor
@@ -47,34 +50,69 @@ class Samples:
 
     def num_tokens(self, indices: Iterable[int]) -> int:
         """Tokens of these samples, image tokens included."""
-        return sum(int(self.begins[k + 1] - self.begins[k]) for k in indices)
+        return sum(self.lengths[k] for k in indices)
 
     def num_supervised(self, indices: Iterable[int]) -> int:
-        """Tokens that are predicted and learned; the first of a sample is predicted by none."""
-        return sum(int((self.of(k)[1][1:] != IGNORE_INDEX).sum()) for k in indices)
+        """Supervised tokens of these samples."""
+        return sum(self.supervised[k] for k in indices)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        return list(self.begins.diff().tolist())
+
+    @cached_property
+    def supervised(self) -> list[int]:
+        """Supervised tokens of each sample."""
+        count = torch.cat([torch.zeros(1, dtype=torch.long), self._is_supervised().long().cumsum(0)])
+        return list(count[self.begins].diff().tolist())
+
+    @cached_property
+    def last_predictor(self) -> list[int]:
+        """Where in each sample the token stands that predicts its last supervised one; -1 where none is."""
+        owner = torch.repeat_interleave(torch.arange(len(self)), self.begins.diff())
+        place = torch.arange(len(self.ids)) - self.begins[owner] - 1
+        place = torch.where(self._is_supervised(), place, -1)
+        last = torch.full((len(self),), -1).scatter_reduce(0, owner, place, "amax")
+        return list(last.tolist())
+
+    def _is_supervised(self) -> Tensor:
+        """(T,) of all samples."""
+        supervised = self.labels != IGNORE_INDEX
+        supervised[self.begins[:-1]] = False
+        return supervised
 
 
 def collect(input_ids: Sequence[Tensor], labels: Sequence[Tensor], image: Sequence[int]) -> Samples:
     """Samples from one tensor each.
 
     Raises:
-        NothingToLearn: a sample has no supervised token; its loss would be a division by nothing.
+        NothingToLearn: a sample has no supervised token.
     """
-    for number, row in enumerate(labels):
-        if not (row[1:] != IGNORE_INDEX).any():
-            raise NothingToLearn(f"sample {number} has no supervised token; leave it out of the training data")
     lengths = torch.tensor([len(row) for row in input_ids])
     begins = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-    return Samples(torch.cat([*input_ids]), torch.cat([*labels]), begins, torch.tensor(image))
+    samples = Samples(torch.cat([*input_ids]), torch.cat([*labels]), begins, torch.tensor(image))
+    refuse_unsupervised(samples)
+    return samples
+
+
+def refuse_unsupervised(samples: Samples) -> None:
+    """Every sample must have something to learn: the loss of one without would be a division by nothing.
+
+    Raises:
+        NothingToLearn: a sample has no supervised token.
+    """
+    if 0 in samples.supervised:
+        number = samples.supervised.index(0)
+        raise NothingToLearn(f"sample {number} has no supervised token; leave it out of the training data")
 
 
 def shared_prefix(samples: Samples, image_token: int) -> Tensor:
     """Ids that every sample begins with and that stand before any picture; each sample keeps a token of its own."""
     prefix, _ = samples.of(0)
     for k in range(len(samples)):
-        ids, labels = samples.of(k)
-        last = int((labels[1:] != IGNORE_INDEX).nonzero().max())  # the row that predicts the last supervised token
-        length = min(len(prefix), last)
+        ids, _ = samples.of(k)
+        length = min(len(prefix), samples.last_predictor[k])
         same = (ids[:length] == prefix[:length]).long().cumprod(0).sum()
         prefix = prefix[: int(same)]
     before_picture = (prefix != image_token).long().cumprod(0).sum()
