@@ -49,13 +49,9 @@ class StepFeatures(Protocol):
 def tower_features(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> Tensor:
     """(B, 3, S, S) to the hidden state that is projected, (B, P, D_vision); blocks behind it do not run."""
     tower, config = model.model.vision_tower, model.config
-    blocks = tower.encoder.layers
-    tower.encoder.layers = blocks[: len(blocks) + 1 + config.vision_feature_layer]
-    try:
-        states = tower(pixel_values.to(tower.dtype), output_hidden_states=True).hidden_states
-    finally:
-        tower.encoder.layers = blocks
-    features: Tensor = states[-1]
+    features: Tensor = tower.pre_layrnorm(tower.embeddings(pixel_values.to(tower.dtype)))
+    for block in tower.encoder.layers[: len(tower.encoder.layers) + 1 + config.vision_feature_layer]:
+        features = block(features, attention_mask=None)
     return features[:, 1:] if config.vision_feature_select_strategy == "default" else features
 
 
