@@ -22,7 +22,7 @@ accelerator() { if nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then echo cuda; 
 
 # The folder is part of the key: a virtual environment does not survive being moved.
 fingerprint() {
-    { printf '%s\n%s\n' "$root" "$accel"; cat requirements.lock pyproject.toml deploy/setup.sh; } | sha256 | cut -d' ' -f1
+    { printf '%s\n%s\n' "$root" "$accel"; cat requirements.lock benchmarks/requirements.txt pyproject.toml deploy/setup.sh; } | sha256 | cut -d' ' -f1
 }
 
 supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' >/dev/null 2>&1; }
@@ -127,6 +127,9 @@ uv pip install -q --python "$venv/bin/python" --require-hashes -r requirements.l
 [ -z "$before" ] || [ "$(torch_build)" = "$before" ] || die "the locked packages replaced torch ($before)"
 
 install_torch
+
+step "installing what the benchmarks compare with"
+uv pip install -q --python "$venv/bin/python" --no-deps --require-hashes -r benchmarks/requirements.txt
 
 step "installing llava-pipeline (editable)"
 uv pip install -q --python "$venv/bin/python" --no-deps -e .

@@ -76,7 +76,9 @@ def samples_artifact(
         "begins": torch.tensor([0, *(len(row.input_ids) for row in rows)]).cumsum(0),
         "image": torch.tensor([-1 if not pictures or k % 4 == 3 else k % NUM_PICTURES for k in range(count)]),
     }
-    pixels = torch.randint(0, 256, (NUM_PICTURES if pictures else 0, side, side, 3), generator=generator, dtype=torch.uint8)
+    pixels = torch.randint(
+        0, 256, (NUM_PICTURES if pictures else 0, side, side, 3), generator=generator, dtype=torch.uint8
+    )
     with writing("samples") as (folder, done):
         save_file(tokens, folder / TOKENS)
         save_file({"pixels": pixels}, folder / PIXELS)

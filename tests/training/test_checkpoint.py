@@ -52,7 +52,7 @@ def step_of(folder: Path) -> int | None:
 
 
 def bits(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 # --------------------------------------------------------------------------------------------- written and read
@@ -81,7 +81,7 @@ json_values = st.recursive(
 names = st.text(min_size=1, max_size=12).filter(lambda name: name != "__metadata__")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.dictionaries(names, tensors(), max_size=4), st.dictionaries(st.text(), json_values, max_size=4))
 def test_what_is_written_is_read_back_bit_by_bit(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -105,7 +105,7 @@ def test_the_newest_two_are_kept(tmp_path: Path) -> None:
     assert NUM_KEPT == 2
 
 
-@pytest.mark.parametrize("steps", [(9, 10), (99_999, 100_000), (999_999_999, 1_000_000_000)])
+@pytest.mark.parametrize("steps", [(9, 10), (99_999, 100_000), (99_999_999, 100_000_000)])
 def test_the_newest_is_the_one_of_the_last_step(tmp_path: Path, steps: tuple[int, int]) -> None:
     put(tmp_path, *steps)
     assert step_of(tmp_path) == steps[1]
@@ -235,15 +235,16 @@ def write_and_die(folder: Path, step: int, line: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)], ids=["some lines", "every line"])
 @pytest.mark.parametrize("again", [False, True], ids=["a new step", "in place of a damaged one"])
-def test_killed_at_any_line_it_leaves_the_old_or_the_new(tmp_path: Path, again: bool) -> None:
+def test_killed_at_any_line_it_leaves_the_old_or_the_new(tmp_path: Path, again: bool, stride: int) -> None:
     first = tmp_path / "first"
     _, last = put(first, 1, 2)
     if again:
         (last / STATE).unlink()
     old, new = (1, 2) if again else (2, 3)
     seen = set()
-    for line in range(1, 400):
+    for line in range(1, 400, stride):
         folder = tmp_path / str(line)
         shutil.copytree(first, folder)
         if write_and_die(folder, new, line) == 0:
@@ -259,7 +260,7 @@ def test_killed_at_any_line_it_leaves_the_old_or_the_new(tmp_path: Path, again: 
         shutil.rmtree(folder)
     else:
         raise AssertionError("it never came to the end")
-    assert line > 40
+    assert line > 60
     assert seen == {old, new}
 
 

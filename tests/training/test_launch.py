@@ -156,9 +156,7 @@ def test_noise_is_passed_over(stand_in: StandIn, noise: str) -> None:
 # --------------------------------------------------------------------------------------------- how it ended
 
 
-@pytest.mark.parametrize(
-    ("kind", "code", "expected"), [("Diverged", 1, Diverged), ("OtherTraining", 2, OtherTraining)]
-)
+@pytest.mark.parametrize(("kind", "code", "expected"), [("Diverged", 1, Diverged), ("OtherTraining", 2, OtherTraining)])
 def test_an_error_of_the_training_is_raised_as_what_it_is(
     stand_in: StandIn, kind: str, code: int, expected: type[LlavaPipelineError]
 ) -> None:

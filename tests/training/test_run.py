@@ -72,8 +72,12 @@ def stop_after(job: Path, out: Path, step: int, number: signal.Signals = signal.
         pytest.param(4, 3, {"checkpoint_seconds": 0}, id="saved at every step"),
         pytest.param(3, 9, {"checkpoint_seconds": 0.03}, id="saved now and then"),
         pytest.param(20, 3, {"checkpoint_seconds": 0, "seed": 1}, marks=pytest.mark.slow, id="twenty times"),
-        pytest.param(20, 12, {"checkpoint_seconds": 0.05, "seed": 2}, marks=pytest.mark.slow, id="twenty, now and then"),
-        pytest.param(20, 3, {"checkpoint_seconds": 0, "features_gb": 0.0}, marks=pytest.mark.slow, id="twenty, no cache"),
+        pytest.param(
+            20, 12, {"checkpoint_seconds": 0.05, "seed": 2}, marks=pytest.mark.slow, id="twenty, now and then"
+        ),
+        pytest.param(
+            20, 3, {"checkpoint_seconds": 0, "features_gb": 0.0}, marks=pytest.mark.slow, id="twenty, no cache"
+        ),
     ],
 )
 def test_killed_at_random_moments_it_comes_to_the_same_bytes(
