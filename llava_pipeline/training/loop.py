@@ -84,7 +84,9 @@ def make_learner(projector: list[Tensor], spec: TrainingSpec, dtype: torch.dtype
     """AdamW on the projector; the loss is scaled where frozen parts run in float16."""
     device = projector[0].device
     optimizer = torch.optim.AdamW(projector, lr=spec.learning_rate, betas=spec.betas, weight_decay=spec.weight_decay)
-    return Learner(projector, optimizer, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler.scale(torch.zeros((), device=device))  # it makes its scale when it is first used, and we only ask for it
+    return Learner(projector, optimizer, scaler)
 
 
 @dataclass(frozen=True)

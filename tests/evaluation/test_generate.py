@@ -16,7 +16,7 @@ from llava_pipeline.evaluation.evaluate import Asked, answers, first_round, loss
 from llava_pipeline.evaluation.generate import answer
 from llava_pipeline.model.assemble import Llava
 from llava_pipeline.model.processor import IGNORE_INDEX, Processor
-from llava_pipeline.training.step import tower_features
+from llava_pipeline.training.features import tower_features
 from tests.tiny import CONVERSATIONS, NUM_PICTURES, encoded, pictures, talk
 
 MAX_NEW_TOKENS = 8

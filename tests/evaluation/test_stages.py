@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from llava_pipeline.spec import DataSpec, EvaluationSpec, ScenesSource, Training
 from llava_pipeline.stages import evaluate as evaluate_stage
 from llava_pipeline.stages import train as train_stage
 from llava_pipeline.stages.validate import validate_stream
-from llava_pipeline.training.loop import StepRecord, place
+from llava_pipeline.training.device import place
+from llava_pipeline.training.run import Training
+from llava_pipeline.training.world import World
 
 CPU = torch.device("cpu")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,8 +35,8 @@ def data(assembled: AssembledModel) -> ValidatedData:
 
 
 def trained_in(precision: str, assembled: AssembledModel, data: ValidatedData) -> TrainedProjector:
-    values: dict[str, Any] = {"precision": precision, "device": "cpu", "max_steps": 3, "batch_size": 2}
-    return train_stage.train_projector(assembled, data.train, TrainingSpec(**values))
+    values: dict[str, Any] = {"precision": precision, "device": "cpu", "max_steps": 3, "samples_per_step": 2}
+    return train_stage.train_projector(assembled, data, TrainingSpec(**values))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -74,38 +77,38 @@ def test_a_projector_is_trained_and_asked_in_one_precision(
 
 
 def test_a_changed_frozen_weight_is_told_and_nothing_kept(
-    assembled: AssembledModel, data: ValidatedData, monkeypatch: pytest.MonkeyPatch
+    assembled: AssembledModel, data: ValidatedData, tmp_path: Path
 ) -> None:
-    def spoil(llava: Llava, *_: Any) -> list[StepRecord]:
-        with torch.no_grad():
-            llava.model.lm_head.weight[0, 0] += 1
-        return []
-
-    def kept(*_: Any) -> None:
-        raise AssertionError("something was kept")
-
-    monkeypatch.setattr(train_stage, "run", spoil)
-    monkeypatch.setattr(train_stage, "writing", kept)
+    job = train_stage.make_job(assembled, data, TrainingSpec(max_steps=1, device="cpu"))
+    training = Training(job, tmp_path, World(0, 1, CPU), time.monotonic())
+    with torch.no_grad():
+        training.llava.model.lm_head.weight[0, 0] += 1
     with pytest.raises(FrozenWeightsChanged):
-        trained_in("fp32", assembled, data)
+        training.finish()
+    assert not (tmp_path / "result").exists()
 
 
-def test_the_frozen_weights_are_digested_twice(
-    assembled: AssembledModel, data: ValidatedData, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    digests = iter(["a" * 64, "a" * 64])
-    monkeypatch.setattr(train_stage, "frozen_digest", lambda _: next(digests))
-    trained = trained_in("bf16", assembled, data)
-    assert (trained.frozen_digest_before, trained.frozen_digest_after) == ("a" * 64, "a" * 64)
-    assert next(digests, None) is None
-    assert store.open_artifact(trained.projector).is_dir()
+def test_every_step_is_followed_and_kept_with_its_pace(assembled: AssembledModel, data: ValidatedData) -> None:
+    spec = TrainingSpec(max_steps=3, samples_per_step=2, device="cpu", held_out_every=2, held_out_samples=4)
+    events: list[dict[str, Any]] = []
+    trained = train_stage.train_projector(assembled, data, spec, events.append)
+    steps = [event for event in events if event["event"] == "step"]
+    rows = list(train_stage.read_lines(store.open_artifact(trained.history) / "history.jsonl"))
+    assert [row["step"] for row in rows] == [event["step"] for event in steps] == [1, 2, 3]
+    assert rows == steps
+    assert [row["held_out_loss"] is None for row in rows] == [True, False, False]
+    assert trained.held_out_loss == rows[-1]["held_out_loss"]
+    assert events[-1]["event"] == "done"
+    assert trained.predicted_memory_bytes > 0
+
+
+def test_nothing_is_left_of_a_finished_training(assembled: AssembledModel, data: ValidatedData, home: Path) -> None:
+    trained_in("fp32", assembled, data)
+    assert list((home / "training").iterdir()) == []
 
 
 def test_the_final_loss_is_that_of_the_last_steps_that_were_applied() -> None:
-    def record(step: int, loss: float, skipped: bool) -> StepRecord:
-        return StepRecord(step, loss, 0.1, 1.0, 8, 2, 2, 0.0, skipped)
-
-    applied = [record(1, 5.0, False), record(2, 3.0, False)]
-    overflows = [record(3 + k, 9.0, True) for k in range(25)]
+    applied = [{"loss": 5.0, "skipped": False}, {"loss": 3.0, "skipped": False}]
+    overflows = [{"loss": 9.0, "skipped": True}] * 25
     assert train_stage.last_mean(applied + overflows) == 4.0
     assert train_stage.last_mean(applied + overflows, window=1) == 3.0
