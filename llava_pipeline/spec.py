@@ -278,7 +278,7 @@ class TrainingSpec(Frozen):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one.")
     num_processes: int | None = Field(None, gt=0, le=1024, description="One per card unless told; one on a CPU.")
-    seed: int = Field(0, ge=0, description="Seed of the order of samples.")
+    seed: int = Field(0, ge=0, lt=1 << 40, description="Seed of the order of samples.")
     held_out_every: int = Field(50, gt=0, description="Steps between two looks at the held-out loss.")
     held_out_samples: int = Field(64, ge=0, description="Held-out samples of such a look; 0 for none.")
     checkpoint_seconds: float = Field(60.0, ge=0, description="Between two checkpoints.")

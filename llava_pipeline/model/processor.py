@@ -28,12 +28,10 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
-from llava_pipeline.data.images import letterbox
-
-if TYPE_CHECKING:  # whoever only checks rows needs no torch
+if TYPE_CHECKING:  # whoever only checks rows needs no torch, whoever only trains no Pillow
     import torch
+    from PIL import Image
     from transformers import PreTrainedTokenizerFast
 
 IGNORE_INDEX = -100
@@ -224,6 +222,10 @@ class Processor:
 
     def resize(self, image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """An RGB image letterboxed and resized to the tower's side: (S, S, 3) uint8."""
+        from PIL import Image
+
+        from llava_pipeline.data.images import letterbox
+
         side = self.images.side
         square = letterbox(image, self.images.fill)
         return np.asarray(square.resize((side, side), Image.Resampling.BICUBIC), dtype=np.uint8)

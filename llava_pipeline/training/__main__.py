@@ -7,7 +7,10 @@ Exit codes: 0 done, 1 failed, 2 asked wrongly, 143 stopped after saving.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import logging
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from llava_pipeline.training.job import read_job
 from llava_pipeline.training.run import StopAsked, Teller, run
 
 STOPPED = 143
+PR_SET_PDEATHSIG = 1
 
 
 class ToTeller(logging.Handler):
@@ -30,6 +34,12 @@ class ToTeller(logging.Handler):
         self.tell("note", level=record.levelname.lower(), text=record.getMessage())
 
 
+def stop_with_parent() -> None:
+    """Be asked to stop when torchrun is killed, which gives every process a session of its own (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one job; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m llava_pipeline.training", description="Train a projector.")
@@ -39,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     stop = StopAsked()
     stop.listen()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        stop_with_parent()
     tell = Teller(sys.stdout, stop)
     logger = logging.getLogger("llava_pipeline")
     logger.setLevel(logging.INFO)

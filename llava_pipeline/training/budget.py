@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from llava_pipeline.spec import TrainingSpec
 
+FIRST_OF_WARMUP = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class Used:
@@ -47,6 +49,8 @@ def end_of_next(spec: TrainingSpec, used: Used, step_seconds: float) -> float:
     counted = Used(used.steps + 1, used.samples + next_samples(spec, used))
     timed, one_more = (Used(seconds=used.seconds + count * step_seconds) for count in (1, 2))
     by_time = 1.0 if share(spec, one_more) > 1 else share(spec, timed)
+    if step_seconds == 0 and (spec.max_minutes or spec.max_cost):
+        by_time = max(by_time, FIRST_OF_WARMUP * spec.warmup_share)
     return min(1.0, max(share(spec, counted), by_time))
 
 

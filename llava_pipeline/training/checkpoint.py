@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def write(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, 
         _put(temporary / STATE, json.dumps(state, indent=1).encode())
         _put(temporary / MANIFEST, json.dumps(describe(temporary), indent=1).encode())
         _flush(temporary)
-        if final.exists():  # damaged: a whole one would not be written again
+        if final.exists():  # damaged and passed over, or of this very step
             shutil.rmtree(final)
         temporary.replace(final)
         _flush(folder)
@@ -49,15 +50,18 @@ def write(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, 
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in _all(folder)[NUM_KEPT:]:
-        shutil.rmtree(old, ignore_errors=True)
+    written = _all(folder)
+    later = [path for path in written if path.name > final.name]  # all damaged, or this step would not be taken again
+    for path in later + written[len(later) + NUM_KEPT :]:
+        shutil.rmtree(path, ignore_errors=True)
     return final
 
 
-def newest(folder: Path) -> State | None:
-    """The newest checkpoint that is whole, or None."""
+def newest(folder: Path, fits: Callable[[dict[str, Any]], bool] = lambda state: True) -> State | None:
+    """The newest checkpoint that is whole and whose state ``fits`` what lies beside it, or None."""
     for path in _all(folder):
-        if (found := read(path)) is not None:
+        found = read(path)
+        if found is not None and fits(found[1]):
             return found
     return None
 

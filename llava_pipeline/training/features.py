@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
+from llava_pipeline.errors import DamagedArtifact
 from llava_pipeline.spec import TrainingSpec
 from llava_pipeline.store import sha256_of, tell_disk_full
 from llava_pipeline.training.world import World
@@ -121,8 +122,11 @@ class Kept(Picked):
 
 def compute(model: LlavaForConditionalGeneration, pixels: Tensor, normalise: Normalise, device: torch.device) -> Tensor:
     """Features of (I, S, S, 3) uint8 pictures, in batches of one size."""
-    batches = pixels.split(BATCH_PICTURES) if len(pixels) else [pixels]
-    return torch.cat([tower_features(model, normalise(batch.to(device, non_blocking=True))) for batch in batches])
+    if len(pixels) == 0:
+        shape = (0, int(model.config.image_seq_length), int(model.config.vision_config.hidden_size))
+        return torch.empty(shape, dtype=model.model.vision_tower.dtype, device=device)
+    batches = [batch.to(device, non_blocking=True) for batch in pixels.split(BATCH_PICTURES)]
+    return torch.cat([tower_features(model, normalise(batch)) for batch in batches])
 
 
 def bytes_per_picture(model: LlavaForConditionalGeneration) -> int:
@@ -172,21 +176,25 @@ def keep(
     Raises:
         DiskFull: no space left for them.
     """
-    make_room(folder, allowed_bytes - len(pixels) * bytes_per_picture(model))
+    if world.rank == 0:
+        make_room(folder, allowed_bytes - len(pixels) * bytes_per_picture(model))
+    world.wait()
     starts = range(0, len(pixels), FILE_PICTURES)
     for number in range(world.rank, len(starts), world.size):
         if _whole(folder, number) is None:
             part = pixels[starts[number] : starts[number] + FILE_PICTURES]
             _write(folder, number, compute(model, part, normalise, world.device).cpu())
     world.wait()
-    files = [_whole(folder, number) for number in range(len(starts))]
-    return Kept([load_file(file)["features"] for file in files if file is not None], world.device)
+    return Kept([_read(folder, number) for number in range(len(starts))], world.device)
 
 
 def make_room(folder: Path, allowed_bytes: float) -> None:
     """Remove the features of other data sets, the longest unused first, until the rest is within what is allowed."""
     folder.mkdir(parents=True, exist_ok=True)
     os.utime(folder)
+    for half_written in folder.glob(".writing-*"):
+        if not is_running(int(half_written.name.split("-")[-1])):
+            half_written.unlink(missing_ok=True)
     others = sorted((path for path in folder.parent.iterdir() if path != folder), key=lambda path: path.stat().st_mtime)
     sizes = {path: sum(file.stat().st_size for file in path.glob("*")) for path in others}
     for path in others:
@@ -194,6 +202,17 @@ def make_room(folder: Path, allowed_bytes: float) -> None:
             return
         shutil.rmtree(path, ignore_errors=True)
         del sizes[path]
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine has this number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _whole(folder: Path, number: int) -> Path | None:
@@ -204,6 +223,17 @@ def _whole(folder: Path, number: int) -> Path | None:
         log.warning("kept features %s are damaged; they are computed again", path.name)
         path.unlink()
     return None
+
+
+def _read(folder: Path, number: int) -> Tensor:
+    """The features in the file of this number, which has just been made.
+
+    Raises:
+        DamagedArtifact: it is no longer there.
+    """
+    if (path := _whole(folder, number)) is None:
+        raise DamagedArtifact(f"kept features {number} in {folder} are gone; start the training again")
+    return load_file(path)["features"]
 
 
 def _write(folder: Path, number: int, features: Tensor) -> None:

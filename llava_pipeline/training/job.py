@@ -33,7 +33,8 @@ class TrainingJob(Frozen):
     def identity(self) -> dict[str, Any]:
         """What a checkpoint depends on: only an equal one is gone on from, bit by bit."""
         return {
-            "model": {"frozen": self.model.frozen_digest, "seed": self.model.spec.projector_seed},
+            "frozen_parts": self.model.frozen_digest,
+            "model": self.model.spec.model_dump(mode="json"),
             "train": self.train.digest,
             "held_out": self.held_out.digest if self.held_out else None,
             "spec": self.spec.model_dump(mode="json", exclude=DECIDE_NOTHING),
@@ -51,6 +52,8 @@ def read_job(path: Path) -> TrainingJob:
         return TrainingJob.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SpecError(f"cannot read the job {path} ({error.strerror}); check the path") from error
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{path} is no training job: it is not UTF-8 text; write it anew") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,7 +39,8 @@ def launch(job: Path, out: Path, num_processes: int, follow: Callable[[Event], N
     told: list[Event] = []
     with tempfile.TemporaryFile("w+", errors="replace") as complaints:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=complaints, text=True, start_new_session=True,
+            command, stdout=subprocess.PIPE, stderr=complaints, text=True, errors="replace",
+            start_new_session=True,
             env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
         )  # fmt: skip
         try:
@@ -65,14 +67,14 @@ def parse(line: str) -> Event | None:
 
 def end(process: subprocess.Popen[str]) -> None:
     """Ask the whole group to stop, and kill it when it does not."""
+    if process.stdout:
+        process.stdout.close()  # one that waits until somebody reads what it tells would never hear of it
     if process.poll() is None:
         _signal_group(process, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(SECONDS_TO_SAVE)
     _signal_group(process, signal.SIGKILL)
     process.wait()
-    if process.stdout:
-        process.stdout.close()
 
 
 def _signal_group(process: subprocess.Popen[str], number: signal.Signals) -> None:
@@ -88,6 +90,14 @@ def failure(told: list[Event], code: int, complaints: str) -> LlavaPipelineError
             return kind(event["text"])
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
         return TrainerDied("the training process was killed, perhaps for its memory; it goes on when started again")
-    lines = [line for line in complaints.strip().splitlines() if line.strip()]
-    last = lines[-1].strip()[:300] if lines else "no message"
-    return TrainerDied(f"the training process ended with code {code}: {last}; run with --debug for all it said")
+    return TrainerDied(
+        f"the training process ended with code {code}: {last_complaint(complaints)}; run with --debug for all it said"
+    )
+
+
+def last_complaint(complaints: str) -> str:
+    """What an error says of itself; else the last line. Below it torchrun draws a table."""
+    lines = [line.strip() for line in complaints.splitlines() if line.strip(" =-")]
+    errors_ = [line for line in lines if re.match(r"(\[rank\d+\]:\s*)?[\w.]*(Error|Exception|Interrupt)\b", line)]
+    own = [line for line in errors_ if "ChildFailedError" not in line]
+    return (own or errors_ or lines or ["no message"])[-1][:300]

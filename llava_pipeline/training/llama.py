@@ -18,6 +18,7 @@ from llava_pipeline.training import frozen
 from llava_pipeline.training.attention import Attend, KeysValues, attention, lay_out
 
 WORTH_HALVING_BYTES = 500_000_000
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")  # whose angles depend on a token's position alone
 
 
 def can_run(config: Any) -> bool:
@@ -27,7 +28,7 @@ def can_run(config: Any) -> bool:
         and config.hidden_act == "silu"
         and not config.attention_bias
         and not config.mlp_bias
-        and config.rope_parameters["rope_type"] != "dynamic"
+        and config.rope_parameters["rope_type"] in ROPE_TYPES
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from llava_pipeline.errors import Diverged, OutOfMemory
+from llava_pipeline.errors import Diverged, OutOfMemory, SpecError
 from llava_pipeline.spec import TrainingSpec
 from llava_pipeline.training.budget import Used, end_of_next, learning_rate, next_samples, share
 from llava_pipeline.training.features import StepFeatures
@@ -23,6 +23,11 @@ from llava_pipeline.training.world import World
 
 log = logging.getLogger(__name__)
 MAX_BAD_IN_A_ROW = 5
+HOST_OUT_OF_MEMORY = (  # what torch's allocator and oneDNN say where they find none
+    "can't allocate memory",
+    "could not create a memory object",
+    "could not create a primitive",
+)
 PACE_MEMORY = 0.8  # how much the mean duration of a step remembers
 
 
@@ -107,6 +112,7 @@ def train(
     Raises:
         Diverged: five steps in a row had a loss or a gradient that is no number, or no step at all could be applied.
         OutOfMemory: one sample alone takes more memory than there is.
+        SpecError: the budget in minutes or money was used up before the first step.
     """
     began = clock() - place.used.seconds
     while share(spec, place.used) < 1:
@@ -142,6 +148,11 @@ def train(
             )
         if stop:
             return
+    if place.used.steps == 0:
+        raise SpecError(
+            f"the budget was used up before the first step, after {place.used.seconds:.0f} s; raise "
+            "training.max_minutes or training.max_cost"
+        )
     if place.num_applied == 0:
         raise Diverged(
             f"none of {place.used.steps} steps had a loss and a gradient that are numbers, so nothing was learned; "
@@ -203,7 +214,8 @@ def _passes(step: Step, learner: Learner, split: list[list[int]], num_supervised
         total = torch.zeros((), dtype=torch.float64, device=step.device)
         for part in split:
             loss = step.loss(part, scale)
-            (loss * scale).backward()
+            if loss.requires_grad:  # it does not where no sample of the pass has a picture
+                (loss * scale).backward()
             total += loss.detach()
         return float(total)
     except (MemoryError, RuntimeError) as error:
@@ -214,7 +226,7 @@ def _passes(step: Step, learner: Learner, split: list[list[int]], num_supervised
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on a card or on the host: torch's allocator for the CPU raises a bare RuntimeError."""
-    host = "can't allocate memory" in str(error) or "could not create a memory object" in str(error)
+    host = any(text in str(error) for text in HOST_OUT_OF_MEMORY)
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or host
 
 

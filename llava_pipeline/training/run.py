@@ -20,18 +20,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
-from llava_pipeline.errors import FrozenWeightsChanged, Interrupted, OtherTraining
+from llava_pipeline.errors import FrozenWeightsChanged, Interrupted, NothingToLearn, OtherTraining, SpecError
 from llava_pipeline.model.assemble import Llava, load
 from llava_pipeline.model.freeze import count_parameters, frozen_digest
 from llava_pipeline.model.memory import CPU_ACTIVATION_BYTES, tokens_per_pass, training_bytes
 from llava_pipeline.model.speed import measured_flops
-from llava_pipeline.store import home
+from llava_pipeline.store import home, tell_disk_full
 from llava_pipeline.training import checkpoint, features
 from llava_pipeline.training.budget import Used, share
 from llava_pipeline.training.device import (
@@ -43,7 +44,7 @@ from llava_pipeline.training.device import (
 )
 from llava_pipeline.training.job import TrainingJob, read_samples
 from llava_pipeline.training.llama import can_run, halve
-from llava_pipeline.training.loop import Pace, Place, StepRecord, Task, make_learner, train
+from llava_pipeline.training.loop import MAX_BAD_IN_A_ROW, Pace, Place, StepRecord, Task, make_learner, train
 from llava_pipeline.training.step import make_step
 from llava_pipeline.training.work import useful_flops
 from llava_pipeline.training.world import World, join, leave
@@ -97,7 +98,10 @@ def run(job: TrainingJob, out: Path, tell: Teller, stop: StopAsked, allow_change
     world = join(choose_device(job.spec.device))
     try:
         with locked(out, world):
-            if checkpoint.newest(out / "result") is None:
+            checkpoint.sweep(out / "result")
+            if (finished := checkpoint.newest(out / "result")) is not None:
+                refuse_another(finished[1]["identity"], job.identity(), allow_change, out)
+            else:
                 Training(job, out, world, began).run(tell, stop, allow_change)
         if world.rank == 0:
             tell("done")
@@ -111,8 +115,12 @@ def locked(out: Path, world: World) -> Iterator[None]:
 
     Raises:
         OtherTraining: another process trains there.
+        SpecError: it cannot be made.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpecError(f"cannot make the folder {out} ({error.strerror}); name another one") from error
     with (out / "lock").open("w") as file:
         if world.rank == 0:
             try:
@@ -144,10 +152,14 @@ class Training:
         """Samples, their features and the steps."""
         model, image_token = self.llava.model, int(self.llava.model.config.image_token_index)
         samples, pixels = read_samples(self.job.train, image_token)
+        if len(pixels) == 0:
+            raise NothingToLearn(f"none of the {len(samples)} samples has a picture; check the data")
         normalise, device = self.llava.processor.normalise, self.world.device
         arguments = (model, pixels, normalise)
         ready: features.StepFeatures
-        if features.worth_keeping(*arguments, self.spec, len(samples), device):
+        # One process decides: it may go by the clock.
+        pays = self.world.rank == 0 and features.worth_keeping(*arguments, self.spec, len(samples), device)
+        if self.world.add([float(pays)])[0]:
             folder = home() / "features" / self.features_key()
             ready = features.keep(*arguments, folder, self.spec.features_gb * 1e9, self.world)
         else:
@@ -191,12 +203,15 @@ class Training:
         """
         history_bytes = self.restore(allow_change)
         self.peak_flops = measured_flops(self.world.device, self.dtype)
-        self.place.used = replace(self.place.used, seconds=self.place.used.seconds + time.monotonic() - self.began)
+        # One clock counts for all processes, or their learning rates would differ.
+        (own,) = self.world.add([time.monotonic() - self.began if self.world.rank == 0 else 0.0])
+        self.place.used = replace(self.place.used, seconds=self.place.used.seconds + own)
         saved = time.monotonic()
         with open_history(self.out if self.world.rank == 0 else None, history_bytes) as history:
             for record, pace in train(self.task, self.learner, self.spec, self.world, self.place, stopped=stop):
                 self.tell_step(record, pace, history, tell)
-                if time.monotonic() - saved >= self.spec.checkpoint_seconds:
+                diverged = self.place.bad_in_a_row >= MAX_BAD_IN_A_ROW  # never saved: going on would hide it
+                if time.monotonic() - saved >= self.spec.checkpoint_seconds and not diverged:
                     self.save(history)
                     saved = time.monotonic()
             if share(self.spec, self.place.used) < 1:
@@ -204,11 +219,11 @@ class Training:
                 raise Interrupted(f"stopped after step {self.place.used.steps}; start it again to go on from there")
         self.finish()
 
-    def tell_step(self, record: StepRecord, pace: Pace, history: TextIO, tell: Teller) -> None:
+    def tell_step(self, record: StepRecord, pace: Pace, history: FileIO, tell: Teller) -> None:
         """A step into the history, and to whoever listens, with what this run alone knows of it."""
         if self.world.rank:
             return
-        print(json.dumps(record.as_json()), file=history, flush=True)
+        append(history, json.dumps(record.as_json()), self.out)
         flops = useful_flops(self.llava.model, self.task.step.samples, record.samples) / pace.seconds
         tell(
             "step", **record.as_json(), **asdict(pace), time=time.time(), num_processes=self.world.size,
@@ -226,7 +241,8 @@ class Training:
         """
         folder = self.out / "checkpoints"
         checkpoint.sweep(folder)
-        if (found := checkpoint.newest(folder)) is None:
+        written = (self.out / "history.jsonl").stat().st_size if (self.out / "history.jsonl").exists() else 0
+        if (found := checkpoint.newest(folder, lambda state: state["history_bytes"] <= written)) is None:
             return 0
         tensors, state = found
         refuse_another(state["identity"], self.job.identity(), allow_change, self.out)
@@ -248,11 +264,10 @@ class Training:
         log.info("going on after step %d", used.steps)
         return int(state["history_bytes"])
 
-    def save(self, history: TextIO) -> None:
+    def save(self, history: FileIO) -> None:
         """Write a checkpoint; the history is on the disk before it."""
         if self.world.rank:
             return
-        history.flush()
         os.fsync(history.fileno())
         tensors: dict[str, Tensor] = {"generator": torch.get_rng_state()}
         for name, parameter in zip(self.names(), self.learner.projector, strict=True):
@@ -283,7 +298,7 @@ class Training:
         measured, predicted = peak_memory(self.world.device), self.predicted_memory()
         log.info("peak memory %.2f GB, %.2f GB were predicted", measured / 1e9, predicted / 1e9)
         state = {
-            "num_steps": self.place.used.steps, "num_samples": self.place.used.samples,
+            "identity": self.job.identity(), "num_steps": self.place.used.steps, "num_samples": self.place.used.samples,
             "num_skipped_steps": self.place.num_skipped, "seconds": self.place.used.seconds,
             "device": device_name(self.world.device), "num_processes": self.world.size,
             "precision": str(self.dtype).removeprefix("torch."), "peak_memory_bytes": measured,
@@ -318,14 +333,29 @@ def load_frozen(job: TrainingJob, device: torch.device, dtype: torch.dtype) -> L
 
 
 @contextmanager
-def open_history(out: Path | None, num_bytes: int) -> Iterator[TextIO]:
+def open_history(out: Path | None, num_bytes: int) -> Iterator[FileIO]:
     """The history file behind its first ``num_bytes``; what steps wrote after the last checkpoint is written again."""
     path = Path(os.devnull) if out is None else out / "history.jsonl"
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("ab", buffering=0) as file:  # a buffer would be written once more while an error is on its way
         if out is not None:
             file.truncate(num_bytes)
             file.seek(num_bytes)
         yield file
+
+
+def append(history: FileIO, line: str, out: Path) -> None:
+    """A line at the end of the history.
+
+    Raises:
+        DiskFull: no space left for it.
+    """
+    left = memoryview(f"{line}\n".encode())
+    try:
+        while left:
+            left = left[history.write(left) :]
+    except OSError as error:
+        tell_disk_full(error, out)
+        raise
 
 
 def refuse_another(theirs: dict[str, Any], ours: dict[str, Any], allow_change: bool, out: Path) -> None:

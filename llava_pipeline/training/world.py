@@ -32,14 +32,14 @@ class World:
         return [float(value) for value in total.tolist()]
 
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Sum the gradients over all processes, in one exchange."""
-        if self.size == 1:
-            return
-        with_gradient = list(parameters)
-        for parameter in with_gradient:
+        """Sum the gradients over all processes, in one exchange; one that had no sample adds nothing."""
+        gradients = []
+        for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in with_gradient if parameter.grad is not None]
+            gradients.append(parameter.grad)
+        if self.size == 1:
+            return
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         distributed.all_reduce(flat)
         for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):

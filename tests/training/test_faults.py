@@ -1,4 +1,4 @@
-"""Signals, full disks, closed pipes, a second start, bad input, a bare machine: saved, told in a sentence, gone on from.
+"""Signals, full disks, closed pipes, a second start, bad input, a bare machine: saved, told in words, gone on from.
 
 The forks of ``tests.training.job`` serve here too; where the whole command is the claim, it is started as people do.
 """
@@ -128,7 +128,7 @@ def test_with_nobody_listening_it_saves_and_ends(make: Make, out: Path) -> None:
 
 
 def test_a_second_start_on_a_folder_is_refused_and_the_first_unharmed(make: Make, out: Path) -> None:
-    job = make(max_steps=30)
+    job = make(max_steps=20)
     first = nursery().start(job, out, faults=[("sleep_in_steps", 0.03)])
     first.until(2)
     second = train(job, out, code=2)
@@ -136,7 +136,7 @@ def test_a_second_start_on_a_folder_is_refused_and_the_first_unharmed(make: Make
     assert second.error["text"] == f"another process trains in {out}; wait for it, stop it, or name another folder"
     assert second.complaint == f"error: {second.error['text']}\n"
     assert first.end() == 0
-    assert first.steps == list(range(1, 31))
+    assert first.steps == list(range(1, 21))
     assert outcome(out) == uninterrupted(job)
 
 

@@ -5,13 +5,14 @@ Stand-ins speak for the training where the claim is about the one who starts it;
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from llava_pipeline.model.processor import Processor
 from llava_pipeline.training import launch as room
 from llava_pipeline.training.launch import Event, launch
 from tests.conftest import ROOT
-from tests.training.job import QUICK, a_job, checkpoints, history, outcome, uninterrupted, write_job
+from tests.training.job import QUICK, a_job, checkpoints, history, outcome, train, uninterrupted, write_job
 
 StandIn = Callable[..., list[Event]]
 STAND_IN = """
@@ -55,10 +56,13 @@ sys.exit(143)
 
 
 @pytest.fixture
-def out(tmp_path: Path) -> Path:
-    """Where the training under test is; its processes have this path among their arguments."""
+def out(tmp_path: Path) -> Iterator[Path]:
+    """Where the training under test is; its processes have this path among their arguments, and end with the test."""
     (tmp_path / "out").mkdir()
-    return tmp_path / "out"
+    yield tmp_path / "out"
+    for pid in processes_of(tmp_path / "out"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -86,16 +90,16 @@ def stand_in(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Stan
     return launched
 
 
-def processes_of(out: Path) -> list[str]:
-    """Command lines of what runs with this folder among its arguments."""
-    found = []
+def processes_of(out: Path, argument: str = "") -> dict[int, str]:
+    """Command lines of what runs with this folder, and this, among its arguments."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             arguments = path.read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        if str(out) in arguments and path.parent.name != str(os.getpid()):
-            found.append(" ".join(arguments))
+        if str(out) in arguments and argument in (*arguments, ""):
+            found[int(path.parent.name)] = " ".join(arguments)
     return found
 
 
@@ -271,17 +275,18 @@ def test_of_two_processes_one_may_tell_the_error(stand_in: StandIn, out: Path) -
     wait_until_gone(out, 1)
 
 
+def test_of_two_processes_a_crash_is_told_with_its_last_words(stand_in: StandIn) -> None:
+    with pytest.raises(TrainerDied, match="ZeroDivisionError: division by zero"):
+        stand_in("1 / 0", 2)
+
+
 @pytest.mark.slow
 def test_a_killed_starter_of_two_processes_leaves_none_of_them(stand_in: StandIn, out: Path) -> None:
     """torchrun gives every process a session of its own: its group is not theirs."""
 
     def follow(event: Event) -> None:
         if event["step"] == 3:
-            starter = next(
-                int(path.parent.name)
-                for path in Path("/proc").glob("[0-9]*/cmdline")
-                if b"torch.distributed.run" in path.read_bytes() and str(out).encode() in path.read_bytes()
-            )
+            (starter,) = processes_of(out, "torch.distributed.run")
             os.kill(starter, signal.SIGKILL)
             raise Cancelled
 
@@ -322,19 +327,12 @@ def job(assembled: AssembledModel, processor: Processor, tmp_path: Path) -> Path
     return write_job(a_job(assembled, processor, max_steps=150, checkpoint_seconds=1000), tmp_path)
 
 
-def test_with_its_parent_killed_a_training_saves_ends_and_can_be_gone_on_with(
-    job: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_with_its_parent_killed_a_training_saves_ends_and_can_be_gone_on_with(job: Path, out: Path) -> None:
     kill_parent(job, out, 1, step=5)
     wait_until_gone(out, 10)
     (saved,) = checkpoints(out)
     assert 5 <= int(saved.name) < 150
-    followed: list[Event] = []
-    launch(job, out, 1, followed.append)
-    steps = [event["step"] for event in followed if event["event"] == "step"]
-    assert steps == list(range(int(saved.name) + 1, 151))
-    assert followed[-1] == {"event": "done"}
+    assert train(job, out).steps == list(range(int(saved.name) + 1, 151))
     assert outcome(out, optimizer=False) == uninterrupted(job, optimizer=False)
 
 
@@ -355,6 +353,7 @@ def test_two_real_processes_are_followed_cancelled_killed_and_gone_on_with(
     followed: list[Event] = []
     launch(job, out, 2, followed.append)
     assert [event["step"] for event in followed if event["event"] == "step"] == list(range(second + 1, 151))
+    assert followed[-1] == {"event": "done"}
     launch(job, tmp_path / "whole", 2, lambda event: None)
     assert outcome(out, optimizer=False) == outcome(tmp_path / "whole", optimizer=False)
 
@@ -367,11 +366,7 @@ def test_a_real_training_that_is_stopped_or_refused_is_raised_as_such(
 
     def stop(event: Event) -> None:
         if event.get("step") == 3:
-            (pid,) = [
-                int(path.parent.name)
-                for path in Path("/proc").glob("[0-9]*/cmdline")
-                if str(out).encode() in path.read_bytes() and b"-m" in path.read_bytes()
-            ]
+            (pid,) = processes_of(out)
             os.kill(pid, signal.SIGTERM)
 
     with pytest.raises(Interrupted, match=r"stopped after step \d+; start it again to go on from there"):

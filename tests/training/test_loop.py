@@ -356,6 +356,17 @@ def test_the_gradient_of_a_step_is_that_of_one_pass(lively: Llava) -> None:
         assert (gradient(tokens) - whole).norm() <= 1e-4 * whole[:-1].norm()
 
 
+@pytest.mark.parametrize("tokens", [1, MANY])
+def test_loss_and_gradient_of_a_record_are_those_of_the_mean(lively: Llava, tokens: int) -> None:
+    (record,) = run(lively, a_spec(max_steps=1), place=Place(tokens_per_pass=tokens)).records
+    training = Training(lively, a_spec())
+    mean = training.task.step.loss(record.samples) / record.num_supervised_tokens
+    mean.backward()
+    norm = torch.stack([p.grad.norm() for p in training.learner.projector if p.grad is not None]).norm()
+    assert record.loss == pytest.approx(mean.item(), rel=1e-5)
+    assert record.grad_norm == pytest.approx(norm.item(), rel=1e-4)
+
+
 def test_the_gradient_is_clipped_and_its_whole_norm_told(llava: Llava) -> None:
     def moved(max_grad_norm: float) -> tuple[float, float]:
         training = Training(
@@ -795,6 +806,7 @@ def test_two_processes_have_the_losses_of_one(lively: Llava) -> None:
     assert first.digest == second.digest
     assert first.losses == pytest.approx(one.losses, rel=1e-4)
     assert [r.samples for r in first.records] == [r.samples for r in one.records]
+    assert [r.grad_norm for r in first.records] == pytest.approx([r.grad_norm for r in one.records], rel=1e-3)
     assert [r.learning_rate for r in first.records] == [r.learning_rate for r in one.records]
     looks = [[r.held_out_loss for r in training.records if r.held_out_loss is not None] for training in (first, one)]
     assert looks[0] == pytest.approx(looks[1], rel=1e-4)

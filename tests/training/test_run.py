@@ -359,7 +359,7 @@ def test_a_process_without_a_sample_of_the_last_step_waits_for_it(make: Make, ou
     [
         ({"seed": 7}, ["spec.seed=0 (now 7)"]),
         ({"learning_rate": 0.02}, ["spec.learning_rate=0.01 (now 0.02)"]),
-        ({"max_steps": 12, "samples_per_step": 2}, ["spec.max_steps=11 (now 12)", "spec.samples_per_step=4 (now 2)"]),
+        ({"max_steps": 12, "samples_per_step": 5}, ["spec.max_steps=11 (now 12)", "spec.samples_per_step=4 (now 5)"]),
     ],
 )
 def test_another_spec_is_refused_unless_told(make: Make, out: Path, changes: dict[str, Any], words: list[str]) -> None:
