@@ -139,6 +139,7 @@ class Training:
     def __init__(self, job: TrainingJob, out: Path, world: World, began: float) -> None:
         self.job, self.out, self.world, self.spec, self.began = job, out, world, job.spec, began
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.manual_seed(self.spec.seed)  # nothing draws a number today; who does so tomorrow goes on with the same
         self.dtype = choose_precision(self.spec.precision, world.device)
         self.llava = load_frozen(job, world.device, self.dtype)
         self.before = frozen_digest(self.llava.model)
