@@ -323,8 +323,8 @@ def the_race() -> dict[str, Any]:
 
 def plans(quick: bool) -> Iterator[tuple[str, int, int]]:
     """Shapes, steps and rounds of ablations."""
-    yield "pocket", 30, 5
-    yield "quick", 3, 2
+    yield "pocket", 20, 3
+    yield "quick", 2, 1
     if not quick:
         yield "budget", 2, 1
 
