@@ -154,8 +154,9 @@ def ablations(work: Work, labels: Labels, rounds: int) -> dict[str, Any]:
     took: dict[str, list[float]] = {name: [] for name in tasks}
     for number in range(rounds + 1):
         for name, task in tasks.items():
-            seconds = ours.step(task, learner, ours.place(), indices, 0.0)[1]
-            if number:  # the first compiles, and warms up
+            # The first round compiles, and warms up: on two samples.
+            seconds = ours.step(task, learner, ours.place(), indices if number else indices[:2], 0.0)[1]
+            if number:
                 took[name].append(seconds)
     best = {name: min(seconds) for name, seconds in took.items()}
     images = ours.samples.images_of(indices)
@@ -342,20 +343,27 @@ def main() -> None:
     if asked.arm:
         print(json.dumps(run_arm(asked.arm, asked.shapes, asked.steps, asked.goal)))
         return
-    chosen = [plan for plan in plans(asked.quick) if asked.shapes in (None, plan[0])]
-    measured = {"race": the_race()} if asked.race else {name: compare(name, *plan) for name, *plan in chosen}
     report = {
         "command": " ".join(["python", "benchmarks/train_step.py", *sys.argv[1:]]),
-        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine() | {"threads": torch.get_num_threads()},
-        **measured,
     }
-    for name, found in measured.items():
-        path = RESULTS / f"train-step-{name}.json"
-        alone = {key: value for key, value in report.items() if key not in measured}
-        path.write_text(json.dumps(alone | {name: found}, indent=1) + "\n", encoding="utf-8")
-        print(f"{path}", file=sys.stderr)
-    print(json.dumps(report) if asked.json else json.dumps(measured, indent=1))
+    measured = {}
+    if asked.race:
+        measured["race"] = write("race", the_race(), report)
+    else:
+        for name, *plan in plans(asked.quick):
+            if asked.shapes in (None, name):
+                measured[name] = write(name, compare(name, *plan), report)
+    print(json.dumps(report | measured, indent=None if asked.json else 1))
+
+
+def write(name: str, found: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """Put one part of the measurements into its file, as soon as it is there."""
+    path = RESULTS / f"train-step-{name}.json"
+    dated = report | {"measured": datetime.now(UTC).isoformat(timespec="seconds"), name: found}
+    path.write_text(json.dumps(dated, indent=1) + "\n", encoding="utf-8")
+    print(path, file=sys.stderr)
+    return found
 
 
 if __name__ == "__main__":
