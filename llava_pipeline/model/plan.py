@@ -104,18 +104,21 @@ def plan(spec: RunSpec) -> Plan:
     sample = tokens * 4 * language + image_tokens * 6 * projector + picture
     samples = planned_samples(spec.training, sample / speed)
     asked = spec.evaluation.max_samples * ((image_tokens + 20) * 2 * language * 5 + picture)
+    parts = {part: total for part, (total, _) in counts.items()}
     return Plan(
         profile=spec.profile,
         downloads=downloads(spec),
         num_total=sum(total for total, _ in counts.values()),
         num_trainable=sum(trainable for _, trainable in counts.values()),
-        num_by_part={part: total for part, (total, _) in counts.items()},
+        num_by_part=parts,
         num_image_tokens=image_tokens,
         num_steps=math.ceil(samples / spec.training.samples_per_step),
         samples_per_step=spec.training.samples_per_step,
         tokens_per_sample_estimate=tokens,
         device=device,
-        memory_bytes_estimate=memory(spec.training, text, {part: total for part, (total, _) in counts.items()}, device),
+        memory_bytes_estimate=memory(
+            spec.training, text, {part: total for part, (total, _) in counts.items()}, tokens, device
+        ),
         training_seconds_estimate=round(samples * sample / speed, 1),
         evaluation_seconds_estimate=round(asked / speed, 1),
     )
@@ -218,12 +221,12 @@ def planned_samples(spec: TrainingSpec, sample_seconds: float) -> int:
     return int(min(counts))
 
 
-def memory(spec: TrainingSpec, text: Any, counts: dict[str, int], device: str) -> int:
+def memory(spec: TrainingSpec, text: Any, counts: dict[str, int], tokens: int, device: str) -> int:
     """Bytes at the peak: on a CPU with the process that waits for the training, on a card of the card alone."""
     itemsize = 4 if spec.precision == "fp32" or (device == "cpu" and spec.precision == "auto") else 2
     free = CPU_ACTIVATION_BYTES
     if device == "cuda":
         free = int(0.6 * torch.cuda.mem_get_info()[0])
-    tokens = spec.tokens_per_pass or tokens_per_pass(text, itemsize, free)
+    tokens = min(spec.tokens_per_pass or tokens_per_pass(text, itemsize, free), spec.samples_per_step * tokens)
     needed = training_bytes(text, counts, tokens, itemsize, itemsize, device == "cpu")
     return needed + (LIBRARIES_BYTES if device == "cpu" else 0)

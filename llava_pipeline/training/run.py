@@ -317,8 +317,10 @@ class Training:
         model = self.llava.model
         counts = {part: total for part, (total, _) in count_parameters(model).items()}
         stored = model.lm_head.weight.dtype.itemsize
+        samples = self.task.step.samples
+        in_step = self.spec.samples_per_step * len(samples.ids) // len(samples)
         return training_bytes(
-            model.config.text_config, counts, self.place.tokens_per_pass, self.dtype.itemsize, stored,
+            model.config.text_config, counts, min(self.place.tokens_per_pass, in_step), self.dtype.itemsize, stored,
             self.world.device.type == "cpu",
         )  # fmt: skip
 

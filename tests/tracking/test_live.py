@@ -1,0 +1,71 @@
+"""Steps arrive in MLflow while they are taken, wait while it is away, and none is lost or doubled."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+
+import pytest
+
+from llava_pipeline.errors import TrackingUnavailable
+from llava_pipeline.spec import RunSpec
+from llava_pipeline.tracking import content, live
+from llava_pipeline.tracking.client import connect
+from llava_pipeline.tracking.live import Live
+from llava_pipeline.tracking.run import record
+from llava_pipeline.tracking.settings import Settings
+from tests.tracking.conftest import NUM_STEPS, MakeEvaluation
+
+TAGS = {"prefect.flow_run_id": "abc"}
+STARTED = 1_795_509_060.0
+
+
+def steps(evaluation: Any) -> list[dict[str, Any]]:
+    return [row | {"event": "step"} for row in content.read_rows(content.history(evaluation))]
+
+
+def test_steps_are_sent_once_and_recording_goes_on_with_the_same_run(
+    spec: RunSpec, make_evaluation: MakeEvaluation, settings: Settings
+) -> None:
+    evaluation = make_evaluation()
+    sender = Live(spec, settings, TAGS, STARTED, seconds_between=0.05)
+    for event in steps(evaluation)[:-1]:  # the last one is never sent: recording sends it
+        sender(event)
+    sender({"event": "note", "level": "info", "text": "no step"})
+    sender.close()
+    client = connect(settings)
+    assert sender.run_id is not None
+    assert client.get_run(sender.run_id).info.status == "RUNNING"
+    assert len(client.get_metric_history(sender.run_id, "train/loss")) == NUM_STEPS - 1
+    recorded = record(spec, evaluation, settings, TAGS, started=STARTED)
+    assert recorded.run_id == sender.run_id
+    curve = client.get_metric_history(sender.run_id, "train/loss")
+    assert [(point.step, point.value) for point in curve] == [(1, 3.0), (2, 1.5), (3, 1.0)]
+
+
+def test_steps_wait_while_mlflow_is_away(
+    spec: RunSpec,
+    make_evaluation: MakeEvaluation,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tries = count()
+
+    def away_at_first(asked: Settings) -> Any:
+        if next(tries) < 3:
+            raise TrackingUnavailable("no MLflow at this address")
+        return connect(asked)
+
+    monkeypatch.setattr(live, "connect", away_at_first)
+    sender = Live(spec, settings, TAGS, STARTED, seconds_between=0.05)
+    for event in steps(make_evaluation()):
+        sender(event)
+    while next(tries) < 8 and sender.waiting:
+        sender.ending.wait(0.2)
+    sender.close()
+    assert sender.run_id is not None
+    assert len(connect(settings).get_metric_history(sender.run_id, "train/loss")) == NUM_STEPS
+    assert [r.message for r in caplog.records if r.name == live.__name__] == [
+        "MLflow is away (no MLflow at this address); the training goes on, its steps wait"
+    ]
