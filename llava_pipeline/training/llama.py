@@ -136,32 +136,27 @@ class FrozenLlama:
         q, k, v = _products(self.norm(x, layer.norms[0]), layer.qkv, sizes)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
         if not self.spec.lean:
-            return _turn(q, cos, sin), _turn(k, cos, sin), v
+            return frozen.EAGER.turn(q, cos, sin), frozen.EAGER.turn(k, cos, sin), v
         return frozen.rotate(q, cos, sin, self.kernels), frozen.rotate(k, cos, sin, self.kernels), v
 
     def rest(self, layer: Layer, x: Tensor, seen: Tensor) -> Tensor:
         """The residual stream after the attention's output projection and the feed-forward."""
         x = x + frozen.linear(seen, layer.out)
         gate, up = _products(self.norm(x, layer.norms[1]), layer.gate_up, [len(layer.down[0])] * 2)
-        inner = frozen.swiglu(gate, up, self.kernels) if self.spec.lean else F.silu(gate) * up
+        inner = frozen.swiglu(gate, up, self.kernels) if self.spec.lean else frozen.EAGER.gate(gate, up)
         return x + frozen.linear(inner, layer.down)
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """Root-mean-square norm of float32, in the model's precision."""
         if self.spec.lean:
             return frozen.rms_norm(x, weight, self.eps, self.dtype, self.kernels)
-        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * weight.float()).to(self.dtype)
+        return frozen.EAGER.norm(x, weight, self.eps)[0].to(self.dtype)
 
     def losses(self, hidden: Tensor, targets: Tensor, scale: float) -> Tensor:
         """(S,) cross entropies of the tokens that (S, D) hidden states should predict."""
         if self.spec.lean:
             return frozen.token_losses(hidden, self.head, targets, scale)
         return F.cross_entropy(frozen.linear(hidden, self.head).float(), targets, reduction="none")
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
 def halve(language_model: nn.Module, head: nn.Module) -> torch.dtype | None:

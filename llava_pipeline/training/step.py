@@ -22,7 +22,7 @@ from llava_pipeline.training.pack import Pack, make_pack, passes
 from llava_pipeline.training.plain import collate, loss_sum
 from llava_pipeline.training.samples import Samples, shared_prefix
 
-FEWEST_PREFIX_TOKENS = 4  # below, what is saved is less than what the mask costs
+FEWEST_PREFIX_TOKENS = 4  # below, what is saved is less than what its queries of zeros cost
 Features = Callable[[list[int]], Tensor]
 """Tower features (I, P, D_vision) of some pictures, on the device."""
 
