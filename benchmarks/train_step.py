@@ -35,7 +35,7 @@ from benchmarks.__main__ import RESULTS, machine
 from benchmarks.seed_recipe import STEP, PeakMemory, collator, held_out_loss, train_seed
 from benchmarks.seed_recipe import Pictures as SeedPictures
 from benchmarks.workload import Labels, Shapes, Work, conversations, seed_pixels, tokens, workload
-from llava_pipeline.model.memory import CPU_ACTIVATION_BYTES, tokens_per_pass
+from llava_pipeline.model.memory import tokens_per_pass
 from llava_pipeline.model.speed import measured_flops
 from llava_pipeline.spec import StepSpec, TrainingSpec
 from llava_pipeline.training.device import choose_device, choose_precision, device_name, place
@@ -50,7 +50,6 @@ from llava_pipeline.training.world import World
 SEED, PEAK, FLOOR, WARMUP = 1, 2e-4, 2e-5, 0.05
 SWITCHES = ("pack", "share_prefix", "select", "fold", "lean")
 MAX_LOSS_ERROR, MAX_GRADIENT_ERROR, MIN_COSINE = 1e-5, 1e-4, 0.999
-SHARE_OF_CARD = 0.6
 RACE_STEPS, RACE_HELD_OUT = 350, 200
 
 
@@ -91,11 +90,8 @@ class Ours:
 
     def place(self) -> Place:
         """At the beginning, with passes as large as memory has room for."""
-        free = float(CPU_ACTIVATION_BYTES)
-        if self.device.type == "cuda":
-            free = SHARE_OF_CARD * torch.cuda.mem_get_info(self.device)[0]
         text = self.work.llava.model.config.text_config
-        return Place(tokens_per_pass=tokens_per_pass(text, self.dtype.itemsize, free))
+        return Place(tokens_per_pass=tokens_per_pass(text, self.dtype.itemsize, self.device))
 
     def learner(self, spec: TrainingSpec) -> Learner:
         """AdamW on the projector as it is."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 PROCESS_BYTES = 450_000_000  # a process that has loaded torch and transformers, measured
 CPU_ACTIVATION_BYTES = 1_500_000_000  # that a pass on a CPU is sized for: larger ones are hardly faster
+SHARE_OF_FREE_MEMORY = 0.6  # of a card, that activations may take
 MOST_TOKENS, FEWEST_TOKENS = 1 << 15, 256
 
 
@@ -19,9 +22,12 @@ def bytes_per_token(text: Any, itemsize: int) -> int:
     return int(text.num_hidden_layers * per_layer + passing)
 
 
-def tokens_per_pass(text: Any, itemsize: int, free_bytes: float) -> int:
-    """Tokens of one pass that fit into so much memory."""
-    return int(min(MOST_TOKENS, max(FEWEST_TOKENS, free_bytes // bytes_per_token(text, itemsize))))
+def tokens_per_pass(text: Any, itemsize: int, device: torch.device) -> int:
+    """Tokens of one pass that a device has room for, by what is free on it now."""
+    room = float(CPU_ACTIVATION_BYTES)
+    if device.type == "cuda":
+        room = SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info(device)[0]
+    return int(min(MOST_TOKENS, max(FEWEST_TOKENS, room // bytes_per_token(text, itemsize))))
 
 
 def training_bytes(

@@ -27,7 +27,7 @@ from llava_pipeline.backbones.layout import choose_weights
 from llava_pipeline.errors import IncompatibleParts
 from llava_pipeline.model.assemble import num_image_tokens
 from llava_pipeline.model.freeze import count_parameters, freeze_backbones
-from llava_pipeline.model.memory import CPU_ACTIVATION_BYTES, tokens_per_pass, training_bytes
+from llava_pipeline.model.memory import tokens_per_pass, training_bytes
 from llava_pipeline.model.speed import measured_flops
 from llava_pipeline.spec import (
     Backbone,
@@ -224,9 +224,7 @@ def planned_samples(spec: TrainingSpec, sample_seconds: float) -> int:
 def memory(spec: TrainingSpec, text: Any, counts: dict[str, int], tokens: int, device: str) -> int:
     """Bytes at the peak: on a CPU with the process that waits for the training, on a card of the card alone."""
     itemsize = 4 if spec.precision == "fp32" or (device == "cpu" and spec.precision == "auto") else 2
-    free = CPU_ACTIVATION_BYTES
-    if device == "cuda":
-        free = int(0.6 * torch.cuda.mem_get_info()[0])
-    tokens = min(spec.tokens_per_pass or tokens_per_pass(text, itemsize, free), spec.samples_per_step * tokens)
+    fitting = spec.tokens_per_pass or tokens_per_pass(text, itemsize, torch.device(device))
+    tokens = min(fitting, spec.samples_per_step * tokens)
     needed = training_bytes(text, counts, tokens, itemsize, itemsize, device == "cpu")
     return needed + (LIBRARIES_BYTES if device == "cpu" else 0)

@@ -30,7 +30,7 @@ from torch import Tensor
 from llava_pipeline.errors import FrozenWeightsChanged, Interrupted, NothingToLearn, OtherTraining, SpecError
 from llava_pipeline.model.assemble import Llava, load
 from llava_pipeline.model.freeze import count_parameters, frozen_digest
-from llava_pipeline.model.memory import CPU_ACTIVATION_BYTES, tokens_per_pass, training_bytes
+from llava_pipeline.model.memory import tokens_per_pass, training_bytes
 from llava_pipeline.model.speed import measured_flops
 from llava_pipeline.store import home, tell_disk_full
 from llava_pipeline.training import checkpoint, features
@@ -51,7 +51,6 @@ from llava_pipeline.training.world import World, join, leave
 
 log = logging.getLogger(__name__)
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
-SHARE_OF_FREE_MEMORY = 0.6  # of a card, that activations may take
 
 
 class StopAsked:
@@ -146,7 +145,8 @@ class Training:
         self.task = self.make_task()
         projector = list(self.llava.model.model.multi_modal_projector.parameters())
         self.learner = make_learner(projector, self.spec, self.dtype)
-        self.place = Place(tokens_per_pass=self.spec.tokens_per_pass or self.fitting_tokens())
+        fitting = tokens_per_pass(self.llava.model.config.text_config, self.dtype.itemsize, world.device)
+        self.place = Place(tokens_per_pass=self.spec.tokens_per_pass or fitting)
         self.peak_flops = 0.0
 
     def make_task(self) -> Task:
@@ -188,13 +188,6 @@ class Training:
             torch.__version__,
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-
-    def fitting_tokens(self) -> int:
-        """Tokens of a pass that memory has room for."""
-        text, free = self.llava.model.config.text_config, float(CPU_ACTIVATION_BYTES)
-        if self.world.device.type == "cuda":
-            free = SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info(self.world.device)[0]
-        return tokens_per_pass(text, self.dtype.itemsize, free)
 
     def run(self, tell: Teller, stop: StopAsked, allow_change: bool) -> None:
         """From the newest checkpoint on to the result.
