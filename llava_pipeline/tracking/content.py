@@ -9,6 +9,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,9 +113,15 @@ def training_curve(rows: list[dict[str, Any]], began: float) -> list[Point]:
     Steps of an earlier run, whose result is reused, are moved so that the last one is taken ``began``, when the run
     that shows them began.
     """
-    last = max((float(row.get("time") or 0.0) for row in rows), default=0.0)
-    moved = max(0.0, began - last)
-    return [point for row in rows for point in step_points(row, moved)]
+    times = [float(row.get("time") or 0.0) for row in rows]
+    # A step whose pace was lost with the process that noted it stands where the one before it does.
+    times = list(accumulate(times, max))
+    moved = max(0.0, began - max(times, default=0.0))
+    return [
+        point
+        for row, time in zip(rows, times, strict=True)
+        for point in step_points(row | {"time": time or began}, moved)
+    ]
 
 
 def step_points(row: dict[str, Any], moved: float = 0.0) -> Iterator[Point]:
