@@ -40,6 +40,7 @@ class Live:
         self.seconds_between = seconds_between
         self.waiting: list[content.Point] = []
         self.lock, self.ending, self.told = threading.Lock(), threading.Event(), False
+        self.closed = False
         self.run_id: str | None = None
         self.client: Any = None
         self.thread = threading.Thread(target=self._work, name="mlflow-live", daemon=True)
@@ -55,6 +56,7 @@ class Live:
         """Send what is waiting, for some seconds at most."""
         self.ending.set()
         self.thread.join(SECONDS_TO_FINISH)
+        self.closed = True
 
     def _work(self) -> None:
         ended = False
@@ -69,12 +71,17 @@ class Live:
                 self.told = True
 
     def _ship(self) -> None:
-        """Send everything that waits; a part that could not be sent waits on."""
+        """Send everything that waits; a part that could not be sent waits on.
+
+        Once recording has its turn nothing is begun here: there would be two runs.
+        """
+        if self.closed:
+            return
         if self.client is None:
             self.client = connect(self.settings)
-        if self.run_id is None:
+        if self.run_id is None and not self.closed:
             _, self.run_id = begin(self.client, self.spec, self.settings, self.tags, self.started)
-        while self.waiting:
+        while self.waiting and not self.closed:
             with self.lock:
                 part = self.waiting[:MAX_POINTS]
             self.client.log_batch(self.run_id, metrics=[as_metric(point) for point in part])
