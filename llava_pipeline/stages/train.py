@@ -46,6 +46,8 @@ def train_projector(
     Raises:
         Diverged: the loss stopped being a number, or no step could be applied.
         FrozenWeightsChanged: a frozen part differs afterwards; nothing is kept.
+        Interrupted: it was asked to stop from outside, and has saved where it was.
+        OutOfMemory: one sample alone takes more memory than there is.
         TrainerDied: the process was killed.
     """
     job = make_job(model, data, spec)
