@@ -40,6 +40,7 @@ Fault = tuple[str | float, ...]
 NUM_SAMPLES, NUM_PICTURES, NUM_HELD_OUT = 22, 9, 5
 QUICK = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 names = itertools.count()
+Make = Callable[..., Path]
 
 
 # --------------------------------------------------------------------------------------------- jobs

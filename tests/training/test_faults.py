@@ -11,13 +11,11 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llava_pipeline.contracts import AssembledModel
 from llava_pipeline.model.processor import Processor
 from llava_pipeline.store import home as store_home
 from llava_pipeline.training import checkpoint
@@ -25,7 +23,7 @@ from tests.conftest import ROOT
 from tests.training.job import (
     NUM_SAMPLES,
     QUICK,
-    a_job,
+    Make,
     checkpoints,
     history,
     left_over,
@@ -35,27 +33,7 @@ from tests.training.job import (
     train,
     train_together,
     uninterrupted,
-    write_job,
 )
-
-Make = Callable[..., Path]
-
-
-@pytest.fixture
-def make(assembled: AssembledModel, processor: Processor, tmp_path: Path) -> Make:
-    """Job files of the tiny model, by what is different about them."""
-
-    def made(updates: dict[str, Any] | None = None, **changes: Any) -> Path:
-        return write_job(a_job(assembled, processor, **changes).model_copy(update=updates or {}), tmp_path)
-
-    return made
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    """Where the training under test is."""
-    return tmp_path / "out"
-
 
 # --------------------------------------------------------------------------------------------- asked to stop
 

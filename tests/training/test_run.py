@@ -13,15 +13,14 @@ from typing import Any
 
 import pytest
 
-from llava_pipeline.contracts import AssembledModel
 from llava_pipeline.model.processor import Processor
 from llava_pipeline.training import checkpoint
 from llava_pipeline.training.job import TrainingJob
 from llava_pipeline.training.samples import sample_indices
 from tests.training.job import (
     NUM_SAMPLES,
+    Make,
     Trainer,
-    a_job,
     checkpoints,
     history,
     left_over,
@@ -32,26 +31,7 @@ from tests.training.job import (
     train,
     train_together,
     uninterrupted,
-    write_job,
 )
-
-Make = Callable[..., Path]
-
-
-@pytest.fixture
-def make(assembled: AssembledModel, processor: Processor, tmp_path: Path) -> Make:
-    """Job files of the tiny model, by what is different about them."""
-
-    def made(updates: dict[str, Any] | None = None, **changes: Any) -> Path:
-        return write_job(a_job(assembled, processor, **changes).model_copy(update=updates or {}), tmp_path)
-
-    return made
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    """Where the training under test is."""
-    return tmp_path / "out"
 
 
 def stop_after(job: Path, out: Path, step: int, number: signal.Signals = signal.SIGTERM) -> Trainer:
