@@ -248,3 +248,8 @@ def test_commit_of_a_checkout_only(tmp_path: Path) -> None:
     ignored.mkdir()
     (ignored / "other.py").write_text("", encoding="utf-8")
     assert content.git_commit(ignored) is None
+
+
+def test_a_step_without_a_time_stands_where_the_one_before_it_does() -> None:
+    rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0, "time": 120.0}, {"step": 3, "loss": 1.0}]
+    assert [point.time for point in content.training_curve(rows, 100.0)] == [100.0, 120.0, 120.0]
