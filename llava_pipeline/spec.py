@@ -290,7 +290,7 @@ class TrainingSpec(Frozen):
         if not any((self.max_steps, self.max_samples, self.max_minutes, self.max_cost)):
             raise ValueError("set a budget: max_steps, max_samples, max_minutes or max_cost")
         if self.max_cost and not self.price_per_hour:
-            raise ValueError("max_cost needs price_per_hour, the machine's price")
+            raise ValueError("max_cost needs the machine's price; set price_per_hour")
         return self
 
 
@@ -449,6 +449,8 @@ def explain(error: ValidationError, profile: str) -> str:
         where = ".".join(parts) or "the profile"
         if problem["type"] == "extra_forbidden":
             lines.append(f"{where}: unknown key; `llava-pipeline plan --profile {profile} --json` shows the known ones")
+        elif problem["type"] == "value_error":  # our own sentence, about several keys together
+            lines.append(f"{where}: {problem['ctx']['error']}")
         else:
             found = "" if problem["type"] == "missing" else f" (found {problem['input']!r})"
             lines.append(f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}{found}")

@@ -310,3 +310,16 @@ def keys(part: Any, place: str = "") -> Iterator[str]:
 def test_any_override_is_a_spec_or_refused_by_name(place: str, value: str) -> None:
     with contextlib.suppress(SpecError):
         assert isinstance(load_spec("tiny", [f"{place}={value}"]), RunSpec)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("training.max_steps=null", "training: set a budget: max_steps, max_samples, max_minutes or max_cost"),
+        ("training.max_cost=2", "training: max_cost needs the machine's price; set price_per_hour"),
+    ],
+)
+def test_a_budget_that_is_none_is_told_in_one_sentence(override: str, told: str) -> None:
+    with pytest.raises(SpecError) as error:
+        load_spec("tiny", [override])
+    assert str(error.value) == told
