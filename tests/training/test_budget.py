@@ -175,7 +175,7 @@ def test_shares_of_each_budget() -> None:
     ("changes", "message"),
     [
         ({}, "set a budget: max_steps, max_samples, max_minutes or max_cost"),
-        ({"max_cost": 1.0}, "max_cost needs price_per_hour"),
+        ({"max_cost": 1.0}, "max_cost needs the machine.s price"),
         ({"max_steps": 0}, "max_steps"),
         ({"max_minutes": math.inf}, "max_minutes"),
         ({"max_minutes": 0}, "max_minutes"),
