@@ -30,6 +30,7 @@ from llava_pipeline.contracts import (
     AssembledModel,
     Backbones,
     Evaluation,
+    Evidence,
     RecordedRun,
     Snapshot,
     TrainedProjector,
@@ -202,8 +203,27 @@ def record_run(spec: RunSpec, evaluation: Evaluation) -> RecordedRun:
     return record.record_run(spec, evaluation, {"prefect.flow_run_id": str(flow_run.get_id() or "")}, began)
 
 
-@stage("llava_pipeline.stages.promote", minutes=10, reuse=False)
-def pass_gate_and_promote(run: RecordedRun) -> Verdict:
+@stage("llava_pipeline.stages.weigh", minutes=240, retries=5, reuse=False)
+def weigh_against_champion(run: RecordedRun) -> Evidence:
+    from llava_pipeline.stages import weigh
+
+    return weigh.weigh_against_champion(run)
+
+
+@stage("llava_pipeline.stages.promote", minutes=30, retries=5, reuse=False)
+def pass_gate_and_promote(run: RecordedRun, evidence: Evidence) -> Verdict:
     from llava_pipeline.stages import promote
 
-    return promote.pass_gate_and_promote(run)
+    verdict = promote.pass_gate_and_promote(run, evidence, who=f"flow run {flow_run.get_name() or 'without a name'}")
+    show_verdict(run, evidence, verdict)
+    return verdict
+
+
+def show_verdict(run: RecordedRun, evidence: Evidence, verdict: Verdict) -> None:
+    """The gate's report on the flow run's page in Prefect. A run is worth more than its report."""
+    from llava_pipeline.tracking.verdict import report
+
+    try:
+        create_markdown_artifact(report(run, evidence, verdict.rules), key="verdict", description=verdict.decision)
+    except Exception as error:
+        log.warning("the verdict is not shown in Prefect: %s", error)

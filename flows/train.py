@@ -1,7 +1,7 @@
 """The story: a frozen language model learns to see.
 
     fetch backbones -> assemble & freeze -> validate the stream -> train the projector
-        -> evaluate by generating -> record the run -> pass the gate, promote
+        -> evaluate by generating -> record the run -> weigh against the champion -> pass the gate, promote
 
 Values flow from left to right; each is a small frozen model of ids, digests and counts. How a stage is retried, timed
 and reused stands in ``flows/stages.py``; what it does, in ``llava_pipeline/stages/``.
@@ -21,6 +21,7 @@ from flows.stages import (
     record_run,
     train_projector,
     validate_stream,
+    weigh_against_champion,
 )
 from llava_pipeline.contracts import Verdict
 from llava_pipeline.spec import RunSpec
@@ -46,4 +47,5 @@ def train(spec: RunSpec) -> Verdict:
     projector = train_projector(model, data, spec.training)
     evaluation = evaluate_generations(projector, data.held_out, spec.evaluation)
     run = record_run(spec, evaluation)
-    return pass_gate_and_promote(run)
+    evidence = weigh_against_champion(run)
+    return pass_gate_and_promote(run, evidence)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from llava_pipeline.spec import Frozen, ModelSpec, Sha256, Source
+from llava_pipeline.spec import EvaluationSpec, Frozen, ModelSpec, Sha256, Source
 
 
 class ArtifactRef(Frozen):
@@ -129,12 +129,72 @@ class TrainedProjector(Frozen):
     frozen_digest_after: Sha256
 
 
-class Score(Frozen):
-    """One condition's result over the same questions."""
+class Interval(Frozen):
+    """A mean over questions, and the 95 % interval of it when pictures are drawn again, each with its questions."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Likely(Frozen):
+    """How likely the true answers are in one condition.
+
+    A likelihood is the geometric mean over an answer's tokens, so 1 is certain and 0 impossible.
+    """
+
+    loss: float | None = None  # nats per answer token; None where it was not measured
+    likelihood: float | None = None
+    likelihood_by_kind: dict[str, float] = Field(default_factory=dict)
+
+
+class Score(Likely):
+    """One condition's result over the same questions, with what was answered."""
 
     exact_match: float
     by_kind: dict[str, float]
-    loss: float | None = None  # nats per answer token; None where it was not measured
+    chrf: float | None = None  # of the longer answers, 0 to 100; None where there are none
+    rouge_l: float | None = None  # likewise, 0 to 1
+
+
+class Grounding(Frozen):
+    """What the right picture is worth: nats per token of the true answer that are gained by it, per question."""
+
+    over_shuffled: Interval
+    over_no_image: Interval
+    by_kind: dict[str, Interval]  # over shuffled pictures; kinds with too few pictures for an interval are left out
+
+
+class YesNo(Frozen):
+    """Questions whose true answer is yes or no, answered by whichever of the two is more likely (POPE's protocol)."""
+
+    num_questions: int
+    accuracy: float
+    f1: float  # of yes
+    yes_rate: float
+    true_yes_rate: float
+
+
+class Health(Frozen):
+    """How the answers are, right or wrong. Shares of all answers with the right picture."""
+
+    empty: float
+    repeating: float  # run into a loop
+    unended: float  # reached the longest length that was allowed without an end of text
+    unended_short: float | None  # likewise, of those whose true answer is short; None where none is
+    mean_tokens: float
+    num_not_finite: int  # questions with a loss or a logit that is no number, in any condition
+
+
+class Scored(Frozen):
+    """What one projector said to a held-out set; the same whoever asks, so it is kept under what decides it."""
+
+    projector_digest: Sha256
+    held_out_digest: Sha256
+    lines: ArtifactRef
+    seconds: float
+    seconds_per_answer: float
+    peak_memory_bytes: int
 
 
 class AskedQuestion(Frozen):
@@ -148,14 +208,22 @@ class Evaluation(Frozen):
     """The same held-out questions under each condition, and every answer on file."""
 
     projector: TrainedProjector
-    answers: ArtifactRef
+    spec: EvaluationSpec
+    scored: Scored  # this projector's answers and likelihoods
+    answers: ArtifactRef  # all of it, line by line, with the pictures people look at
     num_questions: int
     held_out: Snapshot
     right_image: Score
     shuffled_image: Score
+    no_image: Likely | None
     untrained: Score
+    over_untrained: Interval | None  # likelihood gained by training, per question
+    grounding: Grounding | None  # None where it could not be measured
+    yes_no: YesNo | None  # None where no answer is yes or no
+    health: Health
     blind_rate: float  # of the best answer per question text, learned on the training rows
     blind_by_kind: dict[str, float]
+    short_share: float  # of the true answers: so many can be guessed and matched word by word
     asked: tuple[AskedQuestion, ...] = ()  # empty where the spec asks nothing, or its picture could not be had
     seconds: float
 
@@ -175,13 +243,44 @@ class RecordedRun(Frozen):
     evaluation: Evaluation
 
 
+class Inspection(Frozen):
+    """The registered files as a process sees them that had no part in making them."""
+
+    problem: str | None  # None: whole, finite, of the right shapes, and it gives the recorded answers
+    projector_digest: Sha256 | None
+
+
+class ChampionScores(Frozen):
+    """The champion, asked the same questions in the same job; gains are this projector's over it, per question."""
+
+    version: str
+    frozen_digest: Sha256
+    projector_digest: Sha256
+    problem: str | None = None  # why it was not asked; what follows is then missing
+    held_out_digest: Sha256 | None = None
+    exact_match: float | None = None
+    likelihood: float | None = None
+    likelihood_gain: Interval | None = None
+    exact_match_gain: Interval | None = None
+    likelihood_gain_by_kind: dict[str, Interval] = Field(default_factory=dict)
+    exact_match_gain_by_kind: dict[str, float] = Field(default_factory=dict)
+
+
+class Evidence(Frozen):
+    """What the gate weighs besides the evaluation."""
+
+    inspection: Inspection
+    champion: ChampionScores | None  # None: there is none yet
+
+
 class Rule(Frozen):
-    """One rule of the gate: what was asked, what was found."""
+    """One rule of the gate: what was asked, what was found, and what would have to change."""
 
     name: str
     passed: bool
     found: str
     required: str
+    remedy: str = ""  # empty where it passed
 
 
 class Verdict(Frozen):
@@ -194,3 +293,8 @@ class Verdict(Frozen):
     champion: str | None
     previous: str | None
     run_id: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether every rule did; a challenger that passed waits for a person."""
+        return all(rule.passed for rule in self.rules)

@@ -7,6 +7,7 @@ LlavaPipelineError                 exit code 1: something failed
 │   ├── NotFound                   a folder, file, repository or commit that was named and is not there
 │   ├── RevisionMoved              a branch that leads to another commit than the one that was used before
 │   ├── NoSuchRun                  a run, version or alias that does not exist
+│   ├── NotPromoted                a version that may not become champion, or not be deleted
 │   ├── OtherTraining              a folder that holds another training, or one that is running
 │   └── PictureRefused             a picture that cannot be read or is not accepted
 ├── BackboneError
@@ -66,6 +67,10 @@ class RevisionMoved(UserError):
 
 class NoSuchRun(UserError):
     """A run, version or alias that does not exist."""
+
+
+class NotPromoted(UserError):
+    """A version that may not become champion, or whose aliases may not be taken from it."""
 
 
 class PictureRefused(UserError):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
-from llava_pipeline.evaluation.evaluate import stop_ids
-from llava_pipeline.evaluation.generate import answer
+from llava_pipeline.evaluation.questions import Question, cut
+from llava_pipeline.evaluation.read import Job, Limits, read, stop_ids
 from llava_pipeline.model.assemble import Llava
 from llava_pipeline.training.features import tower_features
 
@@ -15,7 +15,8 @@ def ask(llava: Llava, picture: Image.Image, question: str, max_new_tokens: int) 
     """The greedy answer to a question about an RGB picture; as in training, the question stands on its own line."""
     pixels = torch.from_numpy(llava.processor.resize(picture).copy())[None].to(llava.model.device)
     features = tower_features(llava.model, llava.processor.normalise(pixels))
-    prompt = llava.processor.prompt(f"\n{question}")
-    pad = int(llava.model.config.pad_token_id)
-    (ids,) = answer(llava.model, [prompt], features, max_new_tokens, stop_ids(llava), pad)
-    return llava.processor.decode(ids)
+    prefix, suffix = cut(llava.processor.prompt(f"\n{question}"), llava.processor.image_token_id)
+    stops = stop_ids(llava)
+    asked = Question(0, prefix, suffix, truth=(min(stops, default=0),))
+    (told,) = read(llava, [Job(asked, 0, True)], features, Limits(1, max_new_tokens, stops), lambda _: None)
+    return llava.processor.decode(list(told.answer or ()))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+
+BAR_COLORS = ("#1f4e8c", "#b0c4de", "#d9a441", "#9e9e9e")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,29 @@ def save_loss_curve(losses: Sequence[float], path: Path) -> None:
     axis.set_ylabel("loss (nats per answer token)")
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def save_grounding(conditions: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """How likely the truth is in each condition, kind by kind: where the bars are level, nobody looked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    kinds = sorted(next(iter(conditions.values())))
+    figure, axis = pyplot.subplots(figsize=(max(5.0, 1.1 * len(kinds) + 2), 3.2))
+    width = 0.8 / len(conditions)
+    for place, ((name, by_kind), color) in enumerate(zip(conditions.items(), BAR_COLORS, strict=False)):
+        at = [k + (place - (len(conditions) - 1) / 2) * width for k in range(len(kinds))]
+        axis.bar(at, [by_kind[kind] for kind in kinds], width, label=name, color=color)
+    axis.set_xticks(range(len(kinds)), [_wrap(kind, 14) for kind in kinds], fontsize=8, parse_math=False)
+    axis.set_ylabel("likelihood of the true answer")
+    axis.set_ylim(0, 1)
+    axis.legend(frameon=False, fontsize=8, ncols=len(conditions), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -22,11 +22,11 @@ def mean(values: Iterable[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def by_kind(hits: Sequence[bool], kinds: Sequence[str]) -> dict[str, float]:
-    """Share of hits per kind of question."""
-    groups: dict[str, list[bool]] = defaultdict(list)
-    for hit, kind in zip(hits, kinds, strict=True):
-        groups[kind].append(hit)
+def by_kind(values: Sequence[float], kinds: Sequence[str]) -> dict[str, float]:
+    """Mean per kind of question; of hits, the share."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for value, kind in zip(values, kinds, strict=True):
+        groups[kind].append(value)
     return {kind: mean(group) for kind, group in sorted(groups.items())}
 
 

@@ -1,4 +1,5 @@
-"""Stage 5: the trained model answers held-out questions, with the right picture, another's, and untrained."""
+"""Stage 5: the trained projector answers held-out questions with the right picture, another's and none; the untrained
+one answers them too."""
 
 from __future__ import annotations
 
@@ -8,84 +9,73 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from llava_pipeline.contracts import AskedQuestion, Evaluation, Score, Snapshot, TrainedProjector
+from llava_pipeline.contracts import AskedQuestion, Evaluation, Snapshot, TrainedProjector
 from llava_pipeline.data.picture import load_picture
 from llava_pipeline.data.snapshot import Rows, open_rows
 from llava_pipeline.errors import PictureRefused
+from llava_pipeline.evaluation import summary
 from llava_pipeline.evaluation.ask import ask
-from llava_pipeline.evaluation.evaluate import answers, first_round, losses, picture_features, shuffled
-from llava_pipeline.evaluation.pictures import Shown, save_grid, save_loss_curve
+from llava_pipeline.evaluation.lines import Line
+from llava_pipeline.evaluation.pictures import Shown, save_grid, save_grounding, save_loss_curve
 from llava_pipeline.evaluation.score import BlindGuesser, by_kind, exact_match, mean
 from llava_pipeline.model import projector
-from llava_pipeline.model.assemble import Llava, load
-from llava_pipeline.progress import bar
 from llava_pipeline.spec import EvaluationSpec
+from llava_pipeline.stages.examine import Examination, lines_of
 from llava_pipeline.store import open_artifact, writing
-from llava_pipeline.training.device import choose_device, place
 
 log = logging.getLogger(__name__)
 
 
 def evaluate_generations(trained: TrainedProjector, held_out: Snapshot, spec: EvaluationSpec) -> Evaluation:
-    """Ask everything three times, score it, and keep every answer beside its score."""
+    """Ask everything, score it, and keep every answer beside its score."""
     started = time.monotonic()
-    llava = load(trained.model)
-    untrained = projector.state_of(llava.model)
-    device = choose_device("auto" if not trained.device.startswith("cpu") else "cpu")
-    place(llava.model, device, getattr(torch, trained.precision))
-    rows = open_rows(held_out.rows)
-    conditions = ask_all(llava, rows, trained, untrained, spec)
-    scores = {name: score(rows, given) for name, given in conditions.items()}
-    blind = blind_scores(rows, open_rows(trained.data.rows))
+    exam = Examination(trained.model, held_out, spec, trained.device, trained.precision)
+    scored = exam.ask(
+        "the projector", trained.projector.digest,
+        lambda: projector.load(open_artifact(trained.projector), trained.model), controls=True,
+    )  # fmt: skip
+    before = exam.ask("the untrained projector", exam.untrained_digest, exam.untrained, controls=False)
+    lines, untrained = lines_of(scored), lines_of(before)
+    blind = blind_scores(exam.rows, open_rows(trained.data.rows))
+    asked: tuple[AskedQuestion, ...] = ()
     with writing("answers") as (folder, done):
-        lines = answer_lines(rows, conditions)
-        (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        right, shuffled_ = scores["right"].exact_match, scores["shuffled"].exact_match
-        title = f"held out: {right:.1%} right, {shuffled_:.1%} with other pictures"
-        save_grid(shown(rows, conditions["right"]["answers"], spec.num_pictures), title, folder / "grid.png")
-        save_loss_curve(train_losses(trained), folder / "loss.png")
-        rows.picture(rows.image[0]).save(folder / "example.png")
-        asked = ask_own_picture(llava, trained, spec, folder / "asked.png")
+        together = [_together(line, other) for line, other in zip(lines, untrained, strict=True)]
+        (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in together), encoding="utf-8")
+        save_pictures(folder, exam.rows, together, trained, spec)
+        asked = ask_own_picture(exam, trained, spec, folder / "asked.png")
     return Evaluation(
-        projector=trained, answers=done[0], num_questions=len(rows), held_out=held_out,
-        right_image=scores["right"], shuffled_image=scores["shuffled"], untrained=scores["untrained"],
-        blind_rate=blind[0], blind_by_kind=blind[1], asked=asked, seconds=time.monotonic() - started,
+        projector=trained, spec=spec, scored=scored, answers=done[0], num_questions=len(lines), held_out=held_out,
+        right_image=summary.score(lines), shuffled_image=summary.score(lines, "_shuffled"),
+        no_image=summary.likely(lines, "_no_image"), untrained=summary.score(untrained),
+        over_untrained=summary.gain(lines, untrained), grounding=summary.grounding(lines),
+        yes_no=summary.yes_no(lines), health=summary.health(lines), blind_rate=blind[0], blind_by_kind=blind[1],
+        short_share=summary.short_share(lines), asked=asked, seconds=time.monotonic() - started,
     )  # fmt: skip
 
 
-def ask_all(
-    llava: Llava, rows: Rows, trained: TrainedProjector, untrained: projector.State, spec: EvaluationSpec
-) -> dict[str, dict[str, Any]]:
-    """Answers (and losses) of each condition."""
-    asked = [first_round(ids, labels) for ids, labels in zip(rows.input_ids, rows.labels, strict=True)]
-    state = projector.load(open_artifact(trained.projector), trained.model)
-    others = shuffled(rows.image, len(rows.images))
-    with bar("evaluate", len(rows.images) + 3 * len(rows)) as advance:
-        features = picture_features(llava, rows, spec.batch_size, advance)
-
-        def ask(weights: projector.State, image: list[int], with_loss: bool) -> dict[str, Any]:
-            projector.put(llava.model, weights)
-            told = answers(llava, asked, image, features, spec.batch_size, spec.max_new_tokens, advance)
-            loss = losses(llava, asked, image, features, spec.batch_size) if with_loss else None
-            return {"answers": told, "losses": loss, "asked": asked}
-
-        return {
-            "right": ask(state, rows.image, True),
-            "shuffled": ask(state, others, True),
-            "untrained": ask(untrained, rows.image, False),
-        }
+def _together(line: Line, untrained: Line) -> dict[str, Any]:
+    """A question with its truth and all that was answered."""
+    correct = exact_match([line["answer"]], [line["truth"]])[0]
+    return line | {
+        "correct": correct, "likelihood": summary.likelihood(line["loss"]),
+        "answer_untrained": untrained["answer"], "loss_untrained": untrained["loss"],
+    }  # fmt: skip
 
 
-def score(rows: Rows, given: dict[str, Any]) -> Score:
-    """One condition's scores; the loss is a mean over answer tokens, as in training."""
-    hits = exact_match(given["answers"], [answer[0] for answer in rows.answers])
-    loss = None
-    if given["losses"] is not None:
-        tokens = [len(one.truth) for one in given["asked"]]
-        loss = sum(x * n for x, n in zip(given["losses"], tokens, strict=True)) / sum(tokens)
-    return Score(exact_match=mean(hits), by_kind=by_kind(hits, [kinds[0] for kinds in rows.kinds]), loss=loss)
+def save_pictures(folder: Path, rows: Rows, lines: list[Line], trained: TrainedProjector, spec: EvaluationSpec) -> None:
+    """What people look at: held-out pictures with their answers, both curves, and one picture to ask about."""
+    hits, shuffled = (mean(summary.hits_of(lines, suffix)) for suffix in ("", "_shuffled"))
+    title = f"held out: {hits:.1%} right, {shuffled:.1%} with other pictures"
+    save_grid(shown(rows, lines, spec.num_pictures), title, folder / "grid.png")
+    save_loss_curve(train_losses(trained), folder / "loss.png")
+    bars = {
+        "right picture": summary.likely(lines).likelihood_by_kind,
+        "shuffled": summary.likely(lines, "_shuffled").likelihood_by_kind,
+        "no picture": summary.likely(lines, "_no_image").likelihood_by_kind,
+        "untrained": summary.likely(lines, "_untrained").likelihood_by_kind,
+    }
+    save_grounding(bars, folder / "grounding.png")
+    rows.picture(rows.image[0]).save(folder / "example.png")
 
 
 def blind_scores(held_out: Rows, train: Rows) -> tuple[float, dict[str, float]]:
@@ -103,7 +93,7 @@ def blind_scores(held_out: Rows, train: Rows) -> tuple[float, dict[str, float]]:
 
 
 def ask_own_picture(
-    llava: Llava, trained: TrainedProjector, spec: EvaluationSpec, kept: Path
+    exam: Examination, trained: TrainedProjector, spec: EvaluationSpec, kept: Path
 ) -> tuple[AskedQuestion, ...]:
     """The spec's questions about the spec's picture, as the seed asks its Mona Lisa; the picture is kept.
 
@@ -117,32 +107,18 @@ def ask_own_picture(
         log.warning("evaluation.ask is left out: %s", refused)
         return ()
     picture.save(kept)
-    projector.put(llava.model, projector.load(open_artifact(trained.projector), trained.model))
+    projector.put(exam.llava.model, projector.load(open_artifact(trained.projector), trained.model))
     return tuple(
-        AskedQuestion(question=question, answer=ask(llava, picture, question, spec.max_new_tokens))
+        AskedQuestion(question=question, answer=ask(exam.llava, picture, question, spec.max_new_tokens))
         for question in spec.ask
     )
 
 
-def answer_lines(rows: Rows, conditions: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every question with its truth and all that was answered."""
-    return [
-        {
-            "id": rows.ids[k], "kind": rows.kinds[k][0], "question": rows.questions[k][0], "truth": rows.answers[k][0],
-            "answer": conditions["right"]["answers"][k], "answer_shuffled": conditions["shuffled"]["answers"][k],
-            "answer_untrained": conditions["untrained"]["answers"][k], "loss": conditions["right"]["losses"][k],
-            "loss_shuffled": conditions["shuffled"]["losses"][k],
-        }
-        for k in range(len(rows))
-    ]  # fmt: skip
-
-
-def shown(rows: Rows, told: list[str], count: int) -> list[Shown]:
+def shown(rows: Rows, lines: list[Line], count: int) -> list[Shown]:
     """Cells for the grid: the first questions of the held-out set, good or bad."""
-    hits = exact_match(told, [answer[0] for answer in rows.answers])
     return [
-        Shown(rows.picture(rows.image[k]), rows.questions[k][0], told[k], rows.answers[k][0], hits[k])
-        for k in range(min(count, len(rows)))
+        Shown(rows.picture(line["image"]), line["question"], line["answer"], line["truth"], line["correct"])
+        for line in lines[:count]
     ]
 
 

@@ -1,22 +1,35 @@
-"""Stage 7: the gate decides; the alias ``champion`` moves only when every rule passes."""
+"""Stage 8: the gate decides; the alias ``champion`` moves when every rule passes, and nobody has to approve."""
 
 from __future__ import annotations
 
-from llava_pipeline.contracts import RecordedRun, Verdict
-from llava_pipeline.tracking import gate, registry
+import logging
+
+from llava_pipeline.contracts import Evidence, RecordedRun, Verdict
+from llava_pipeline.tracking import gate, promotion, registry, verdict
 from llava_pipeline.tracking.settings import load_settings
 
+log = logging.getLogger(__name__)
 
-def pass_gate_and_promote(run: RecordedRun) -> Verdict:
-    """Compare with the champion of this moment, then promote or leave the version a challenger."""
+
+def pass_gate_and_promote(run: RecordedRun, evidence: Evidence, who: str) -> Verdict:
+    """Judge, write the verdict, then promote or leave the version a challenger.
+
+    Raises:
+        TrackingError: MLflow cannot be reached, the champion moved meanwhile, or serving does not follow.
+    """
     settings = load_settings()
     champion = registry.version_by_alias(run.registered_model, settings.registry.champion, settings)
-    rules = gate.decide(run.evaluation, registry.champion_scores(run.registered_model, settings), settings.gate)
-    previous = None
-    promoted = all(rule.passed for rule in rules)
-    registry.write_verdict(run, rules, settings)
+    rules = gate.decide(run.evaluation, evidence, champion, settings.gate)
+    verdict.write(run, evidence, rules, settings)
+    passed, previous = all(rule.passed for rule in rules), None
+    promoted = passed and settings.registry.approval == "automatic"
     if promoted:
-        champion, previous = registry.promote(run.registered_model, run.version, champion, settings)
+        moved = promotion.promote(
+            run.registered_model, run.version, champion, settings, who=who, why="it passed every rule of the gate"
+        )
+        champion, previous = moved.champion, moved.previous
+    elif passed:
+        log.info("version %s passed; `llava-pipeline promote %s` makes it champion", run.version, run.version)
     return Verdict(
         decision="promoted" if promoted else "challenger", rules=rules, registered_model=run.registered_model,
         version=run.version, champion=champion, previous=previous, run_id=run.run_id,

@@ -121,13 +121,37 @@ def refusals(attempt: str) -> Iterator[None]:
 
     Raises:
         TrackingError: in place of an MlflowException, a requests or an SQLAlchemy error.
+        TrackingUnavailable: likewise, where it may be better in a minute.
     """
     try:
         yield
     except Exception as error:
         if not is_refusal(error):
             raise
-        raise TrackingError(f"cannot {attempt}: {first_line(error)}") from error
+        raise refusal(f"cannot {attempt}", error) from error
+
+
+def refusal(told: str, error: BaseException) -> TrackingError:
+    """Our error for one of MLflow's, of the kind that says whether asking again may help."""
+    kind = TrackingUnavailable if is_outage(error) else TrackingError
+    return kind(f"{told}: {first_line(error)}")
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether MLflow is away for the moment: no connection, a timeout, an overloaded server or a locked database.
+
+    MLflow's client raises its own exception for a connection that failed, with nothing to tell it by but its sentence.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, requests.ConnectionError | requests.Timeout | ConnectionError | TimeoutError):
+            return True
+        if type(cause).__name__ == "OperationalError":
+            return True
+        cause = cause.__cause__ or cause.__context__
+    told = str(error)
+    away = ("failed with exception", "too many 50", "error code 502", "error code 503", "error code 504")
+    return any(sign in told for sign in away)
 
 
 def is_refusal(error: BaseException) -> bool:

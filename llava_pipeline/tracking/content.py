@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_pipeline import store
-from llava_pipeline.contracts import Evaluation, Score, Snapshot
+from llava_pipeline.contracts import Evaluation, Interval, Likely, Score, Snapshot
 from llava_pipeline.errors import DamagedArtifact
 from llava_pipeline.spec import RunSpec
 from llava_pipeline.tracking.reading import CURSOR, READING, reading_id
@@ -152,7 +152,9 @@ def results(evaluation: Evaluation) -> dict[str, float]:
         "eval/seconds": evaluation.seconds,
         "eval/num_questions": evaluation.num_questions,
         "eval/blind_rate": evaluation.blind_rate,
-        "eval/grounding_gain": _difference(evaluation.shuffled_image.loss, evaluation.right_image.loss),
+        "eval/seconds_per_answer": evaluation.scored.seconds_per_answer,
+        "eval/peak_memory_bytes": evaluation.scored.peak_memory_bytes,
+        "eval/short_share": evaluation.short_share,
         "data/num_read": data.num_read,
         "data/num_kept": data.num_kept,
         "data/num_near_duplicates": data.num_near_duplicates,
@@ -163,6 +165,16 @@ def results(evaluation: Evaluation) -> dict[str, float]:
     found |= dict(_of_score("", evaluation.right_image))
     found |= dict(_of_score("_shuffled", evaluation.shuffled_image))
     found |= dict(_of_score("_untrained", evaluation.untrained))
+    if evaluation.no_image is not None:
+        found |= dict(_of_likely("_no_image", evaluation.no_image))
+    found |= dict(_of_interval("eval/over_untrained", evaluation.over_untrained))
+    if (grounding := evaluation.grounding) is not None:
+        found |= dict(_of_interval("eval/grounding_gain", grounding.over_shuffled))
+        found |= dict(_of_interval("eval/grounding_gain_no_image", grounding.over_no_image))
+        found |= {f"eval/grounding_gain/{metric_part(kind)}": gain.mean for kind, gain in grounding.by_kind.items()}
+    found |= {f"eval/health/{name}": value for name, value in evaluation.health.model_dump().items()}
+    if evaluation.yes_no is not None:
+        found |= {f"eval/yes_no/{name}": value for name, value in evaluation.yes_no.model_dump().items()}
     return {key: float(value) for key, value in found.items() if value is not None}
 
 
@@ -199,18 +211,23 @@ def tags_of_evaluation(evaluation: Evaluation) -> dict[str, str]:
 
 
 def tags_of_version(evaluation: Evaluation) -> dict[str, str]:
-    """What a registered version says of itself: enough to be compared with later ones."""
-    right = evaluation.right_image
-    return {
+    """What a registered version says of itself: enough to be looked through without its run."""
+    right, grounding = evaluation.right_image, evaluation.grounding
+    found = {
         "llava.exact_match": repr(right.exact_match),
         "llava.exact_match_by_kind": json.dumps(right.by_kind, sort_keys=True),
         "llava.exact_match_shuffled": repr(evaluation.shuffled_image.exact_match),
         "llava.blind_rate": repr(evaluation.blind_rate),
+        "llava.likelihood": repr(right.likelihood),
         "llava.held_out_digest": evaluation.held_out_digest,
         "llava.projector_digest": evaluation.projector.projector.digest,
         "llava.frozen_digest": evaluation.projector.model.frozen_digest,
         "llava.evaluation_digest": evaluation_digest(evaluation),
     }
+    if grounding is not None:
+        gain = grounding.over_shuffled
+        found["llava.grounding_gain"] = f"{gain.mean:.4f} [{gain.low:.4f}, {gain.high:.4f}]"
+    return found
 
 
 def dataset_profile(snapshot: Snapshot) -> dict[str, int | dict[str, int]]:
@@ -263,15 +280,25 @@ def _git(folder: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _difference(larger: float | None, smaller: float | None) -> float | None:
-    return None if larger is None or smaller is None else larger - smaller
+def _of_interval(name: str, found: Interval | None) -> Iterator[tuple[str, float]]:
+    if found is not None:
+        yield from ((name, found.mean), (f"{name}_low", found.low), (f"{name}_high", found.high))
+
+
+def _of_likely(condition: str, likely: Likely) -> Iterator[tuple[str, float | None]]:
+    yield f"eval/loss{condition}", likely.loss
+    yield f"eval/likelihood{condition}", likely.likelihood
+    for kind, value in likely.likelihood_by_kind.items():
+        yield f"eval/likelihood{condition}/{metric_part(kind)}", value
 
 
 def _of_score(condition: str, score: Score) -> Iterator[tuple[str, float | None]]:
     yield f"eval/exact_match{condition}", score.exact_match
-    yield f"eval/loss{condition}", score.loss
+    yield f"eval/chrf{condition}", score.chrf
+    yield f"eval/rouge_l{condition}", score.rouge_l
     for kind, value in score.by_kind.items():
         yield f"eval/exact_match{condition}/{metric_part(kind)}", value
+    yield from _of_likely(condition, score)
 
 
 def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, str]]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +13,11 @@ import yaml
 from pydantic import ValidationError
 
 from llava_pipeline import store
-from llava_pipeline.contracts import Evaluation, RecordedRun, Rule
+from llava_pipeline.contracts import Evaluation
 from llava_pipeline.errors import DamagedArtifact, NoSuchRun, TrackingError
-from llava_pipeline.spec import RunSpec
+from llava_pipeline.spec import Frozen, RunSpec, Sha256
 from llava_pipeline.tracking import content
-from llava_pipeline.tracking.client import connect, find_experiment, first_line, locked, refusals
-from llava_pipeline.tracking.gate import ChampionScores
+from llava_pipeline.tracking.client import connect, find_experiment, first_line, refusals
 from llava_pipeline.tracking.settings import Settings
 
 if TYPE_CHECKING:
@@ -28,6 +25,15 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
 _MISSING = "RESOURCE_DOES_NOT_EXIST"
+
+
+class Champion(Frozen):
+    """The version that the alias points to."""
+
+    version: str
+    run_id: str
+    frozen_digest: Sha256
+    projector_digest: Sha256
 
 
 def register(client: MlflowClient, spec: RunSpec, evaluation: Evaluation, run_id: str, settings: Settings) -> str:
@@ -68,7 +74,7 @@ def registered_model(client: MlflowClient, name: str) -> RegisteredModel | None:
 def aliases(name: str, settings: Settings) -> dict[str, str]:
     """Version of every alias of a registered model; empty when there is no such model."""
     with refusals(f"read the aliases of {name}"):
-        return _aliases(connect(settings), name)
+        return aliases_of(connect(settings), name)
 
 
 def version_by_alias(name: str, alias: str, settings: Settings) -> str | None:
@@ -80,85 +86,30 @@ def version_by_alias(name: str, alias: str, settings: Settings) -> str | None:
     return aliases(name, settings).get(alias)
 
 
-def champion_scores(name: str, settings: Settings) -> ChampionScores | None:
-    """What the champion reached, from the tags of its version; None when there is no champion.
+def champion(name: str, settings: Settings) -> Champion | None:
+    """Who is champion, and what it was trained between; None when there is no champion.
 
     Raises:
-        TrackingError: MLflow cannot be reached, or the version has no scores.
+        TrackingError: MLflow cannot be reached, or the version does not say what it is.
     """
     with refusals(f"read the champion of {name}"):
         client = connect(settings)
-        version = _aliases(client, name).get(settings.registry.champion)
+        version = aliases_of(client, name).get(settings.registry.champion)
         if version is None:
             return None
-        tags = client.get_model_version(name, version).tags
+        found = client.get_model_version(name, version)
     try:
-        return ChampionScores(
+        return Champion(
             version=version,
-            held_out_digest=tags["llava.held_out_digest"],
-            frozen_digest=tags["llava.frozen_digest"],
-            projector_digest=tags["llava.projector_digest"],
-            exact_match=float(tags["llava.exact_match"]),
-            by_kind=json.loads(tags["llava.exact_match_by_kind"]),
+            run_id=found.run_id,
+            frozen_digest=found.tags["llava.frozen_digest"],
+            projector_digest=found.tags["llava.projector_digest"],
         )
     except (KeyError, ValueError) as error:
         raise TrackingError(
-            f"version {version} of {name} is champion but its tags hold no scores that can be read ({error}); "
+            f"version {version} of {name} is champion but its tags do not say what it is ({first_line(error)}); "
             "point the alias to a version that this pipeline registered, or remove the alias"
         ) from error
-
-
-def promote(name: str, version: str, expected_champion: str | None, settings: Settings) -> tuple[str, str | None]:
-    """Make a version the champion, and the champion of now the previous one. Returns (champion, previous).
-
-    MLflow has no compare-and-set, so a lock file keeps other processes of this machine out while the champion is
-    compared with the one the decision was made against. ``previous`` is written before ``champion``: a process that
-    dies in between leaves the old champion in place. Repeating a promotion that was done changes nothing.
-
-    Raises:
-        NoSuchRun: there is no such version.
-        TrackingError: the champion is not ``expected_champion`` any more, or MLflow refuses.
-    """
-    names = settings.registry
-    with locked(name), refusals(f"promote version {version} of {name}"):
-        client = connect(settings)
-        _require_version(client, name, version)
-        found = _aliases(client, name)
-        champion = found.get(names.champion)
-        if champion == version:
-            return version, found.get(names.previous)
-        if champion != expected_champion:
-            raise TrackingError(
-                f"the champion of {name} is {_version(champion)}, but version {version} was compared with "
-                f"{_version(expected_champion)}; run the gate again against the champion of now"
-            )
-        if champion is not None:
-            client.set_registered_model_alias(name, names.previous, champion)
-        client.set_model_version_tag(
-            name, version, "llava.promoted_at", datetime.now(UTC).isoformat(timespec="seconds")
-        )
-        client.set_model_version_tag(name, version, "llava.promoted_over", champion or "none")
-        client.set_registered_model_alias(name, names.champion, version)
-        if found.get(names.challenger) == version:
-            client.delete_registered_model_alias(name, names.challenger)
-        return _read_back(client, name, version, settings)
-
-
-def write_verdict(run: RecordedRun, rules: tuple[Rule, ...], settings: Settings) -> None:
-    """Keep what the gate said with the version and the run: tags, and every rule in ``gate.json``.
-
-    Raises:
-        TrackingError: MLflow cannot be reached, or refuses.
-    """
-    outcome = "passed" if all(rule.passed for rule in rules) else "refused"
-    with refusals(f"write the gate's verdict on version {run.version} of {run.registered_model}"):
-        client = connect(settings)
-        client.log_dict(run.run_id, {"gate": outcome, "rules": [rule.model_dump() for rule in rules]}, "gate.json")
-        client.set_tag(run.run_id, "llava.gate", outcome)
-        for rule in rules:
-            said = f"{'passed' if rule.passed else 'refused'}: {rule.found}"
-            client.set_model_version_tag(run.registered_model, run.version, f"llava.gate.{rule.name}", said)
-        client.set_model_version_tag(run.registered_model, run.version, "llava.gate", outcome)
 
 
 def resolve(which: str, registered_model: str | None, settings: Settings) -> str:
@@ -256,13 +207,18 @@ def _resolve(client: MlflowClient, which: str, model: str | None, settings: Sett
             raise NoSuchRun(f"no run {which}; the latest are: {_latest_runs(client, settings)}") from error
     if model is None:
         raise NoSuchRun(f"{which!r} is not the id of a run; give 32 hexadecimal digits, or a profile with it")
-    version = which if which.isdecimal() else _aliases(client, model).get(which)
+    version = which if which.isdecimal() else aliases_of(client, model).get(which)
     if version is None:
-        raise NoSuchRun(f"{model} has no alias {which!r}; {_what_exists(client, model)}")
-    return str(_require_version(client, model, version).run_id)
+        raise NoSuchRun(f"{model} has no alias {which!r}; {what_exists(client, model)}")
+    return str(require_version(client, model, version).run_id)
 
 
-def _require_version(client: MlflowClient, name: str, version: str) -> ModelVersion:
+def require_version(client: MlflowClient, name: str, version: str) -> ModelVersion:
+    """A version.
+
+    Raises:
+        NoSuchRun: there is none; the message has those that exist.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
@@ -270,15 +226,16 @@ def _require_version(client: MlflowClient, name: str, version: str) -> ModelVers
     except MlflowException as error:
         if error.error_code not in (_MISSING, "INVALID_PARAMETER_VALUE"):
             raise
-        raise NoSuchRun(f"{name} has no version {version}; {_what_exists(client, name)}") from error
+        raise NoSuchRun(f"{name} has no version {version}; {what_exists(client, name)}") from error
 
 
-def _what_exists(client: MlflowClient, name: str) -> str:
+def what_exists(client: MlflowClient, name: str) -> str:
+    """The newest versions and all aliases of a registered model, in words."""
     if registered_model(client, name) is None:
         return f"nothing is registered as {name}; run the profile first"
     newest = client.search_model_versions(f"name = '{name}'", max_results=10, order_by=["version_number DESC"])
     versions = ", ".join(str(version.version) for version in newest) or "none"
-    named = ", ".join(f"{alias}={version}" for alias, version in sorted(_aliases(client, name).items())) or "none"
+    named = ", ".join(f"{alias}={version}" for alias, version in sorted(aliases_of(client, name).items())) or "none"
     return f"newest versions: {versions}; aliases: {named}"
 
 
@@ -290,7 +247,8 @@ def _latest_runs(client: MlflowClient, settings: Settings) -> str:
     return ", ".join(run.info.run_id for run in latest) or "none"
 
 
-def _aliases(client: MlflowClient, name: str) -> dict[str, str]:
+def aliases_of(client: MlflowClient, name: str) -> dict[str, str]:
+    """As ``aliases``, with a client at hand."""
     model = registered_model(client, name)
     return {} if model is None else {alias: str(version) for alias, version in model.aliases.items()}
 
@@ -306,18 +264,3 @@ def _ensure_registered_model(client: MlflowClient, spec: RunSpec) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was faster
             raise
-
-
-def _read_back(client: MlflowClient, name: str, version: str, settings: Settings) -> tuple[str, str | None]:
-    found = _aliases(client, name)
-    champion = found.get(settings.registry.champion)
-    if champion != version:
-        raise TrackingError(
-            f"version {version} of {name} was made champion, but {_version(champion)} is; something outside of "
-            "this pipeline moves the alias; stop it and promote again"
-        )
-    return version, found.get(settings.registry.previous)
-
-
-def _version(version: str | None) -> str:
-    return "none" if version is None else f"version {version}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
@@ -27,6 +27,8 @@ def _not_reserved(alias: str) -> str:
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Limit = Annotated[float | None, Field(allow_inf_nan=False)]
 Alias = Annotated[str, Field(pattern=r"^[a-zA-Z][a-zA-Z0-9_-]{0,63}$"), AfterValidator(_not_reserved)]
 
 
@@ -62,6 +64,9 @@ class RegistrySettings(Frozen):
     champion: Alias = Field("champion", description="The version in use.")
     challenger: Alias = Field("challenger", description="The newest version that was not promoted.")
     previous: Alias = Field("previous", description="The champion before this one: where a rollback goes.")
+    approval: Literal["automatic", "required"] = Field(
+        "automatic", description="required: what passes the gate stays challenger until a person promotes it."
+    )
 
     @model_validator(mode="after")
     def _are_different(self) -> RegistrySettings:
@@ -70,14 +75,42 @@ class RegistrySettings(Frozen):
         return self
 
 
-class GateSettings(Frozen):
-    """What a projector must reach to become champion; all values are shares of exact matches."""
+class ServingSettings(Frozen):
+    """Who answers with the champion, for a promotion that waits until it does."""
 
-    min_grounding_margin: Share = Field(0.10, description="Least gain of the right picture over a shuffled one.")
-    min_over_untrained: Share = Field(0.10, description="Least gain over the projector before training.")
-    min_over_blind: Share = Field(0.02, description="Least gain over the best answer without any picture.")
-    max_regression: Share = Field(0.005, description="Most that may be lost against the champion over all questions.")
-    max_kind_regression: Share = Field(0.05, description="Most that may be lost against the champion in one kind.")
+    ready_url: str | None = Field(
+        None, pattern=r"^https?://", description="Its /readyz; null: a promotion waits for nobody."
+    )
+    timeout_seconds: float = Field(60.0, gt=0, description="How long it may take to report the new champion.")
+
+
+class GateSettings(Frozen):
+    """What a projector must reach to become champion; "surely" means that the whole 95 % interval does.
+
+    A likelihood is that of the true answer, the geometric mean over its tokens.
+    """
+
+    min_grounding_gain: Finite = Field(
+        0.02, description="Nats per token that the right picture must gain over another one, and over none: surely."
+    )
+    min_over_untrained: Share = Field(
+        0.02, description="Likelihood that training must have gained over the first projector: surely."
+    )
+    min_over_blind: Share = Field(
+        0.02, description="Exact matches above the best answer without any picture, where most answers are short."
+    )
+    max_empty: Share = Field(0.02, description="Share of answers that may be empty.")
+    max_repeating: Share = Field(0.05, description="Share of answers that may run into a loop.")
+    max_unended: Share = Field(0.25, description="Share of short answers that may miss their end of text.")
+    min_over_champion: Share = Field(0.0, description="Likelihood that must be gained over the champion: surely.")
+    max_regression: Share = Field(0.005, description="Exact matches that may be lost against the champion.")
+    max_kind_regression: Share = Field(
+        0.05, description="Likelihood (surely) and exact matches that one kind may lose against the champion."
+    )
+    max_seconds_per_answer: Limit = Field(None, gt=0, description="Most seconds an answer may take; null: any.")
+    max_memory_gb: Limit = Field(None, gt=0, description="Most memory the evaluation may take; null: any.")
+    max_training_minutes: Limit = Field(None, gt=0, description="Most minutes of training; null: any.")
+    max_training_cost: Limit = Field(None, gt=0, description="Most that training may cost; null: any.")
 
 
 class UiSettings(Frozen):
@@ -93,6 +126,7 @@ class Settings(Frozen):
     server: ServerSettings = Field(ServerSettings(), description="How a tracking server is started.")
     tracking: TrackingSettings = Field(TrackingSettings(), description="Where runs are recorded.")
     registry: RegistrySettings = Field(RegistrySettings(), description="Names of the aliases.")
+    serving: ServingSettings = Field(ServingSettings(), description="Who answers with the champion.")
     gate: GateSettings = Field(GateSettings(), description="What a projector must reach to become champion.")
     ui: UiSettings = Field(UiSettings(), description="Where MLflow's pages are served to one person.")
 

@@ -14,11 +14,12 @@ from PIL import Image
 from llava_pipeline import store
 from llava_pipeline.contracts import AssembledModel, Cursor, TrainedProjector, ValidatedData
 from llava_pipeline.errors import FrozenWeightsChanged
-from llava_pipeline.evaluation.evaluate import picture_features
+from llava_pipeline.evaluation.features import picture_features
 from llava_pipeline.model.assemble import Llava
 from llava_pipeline.model.freeze import frozen_digest
 from llava_pipeline.spec import DataSpec, EvaluationSpec, ScenesSource, TrainingSpec
 from llava_pipeline.stages import evaluate as evaluate_stage
+from llava_pipeline.stages import examine
 from llava_pipeline.stages import train as train_stage
 from llava_pipeline.stages.validate import validate_stream
 from llava_pipeline.training.device import place
@@ -63,7 +64,7 @@ def test_a_projector_is_trained_and_asked_in_one_precision(
         seen.append(features.dtype)
         return features
 
-    monkeypatch.setattr(evaluate_stage, "picture_features", features_seen)
+    monkeypatch.setattr(examine, "picture_features", features_seen)
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
     spec = EvaluationSpec(
         max_samples=6, batch_size=4, max_new_tokens=3, num_pictures=2, ask=("?",), picture=str(tmp_path / "red.png")
