@@ -233,6 +233,22 @@ class Evaluation(Frozen):
         return self.held_out.rows.digest
 
 
+class Reexamined(Frozen):
+    """A recorded projector that was asked about a set, outside of a run."""
+
+    run_id: str
+    registered_model: str
+    held_out: Snapshot
+    scored: Scored
+    num_questions: int
+    right_image: Score
+    shuffled_image: Score
+    no_image: Likely
+    grounding: Grounding | None
+    yes_no: YesNo | None
+    health: Health
+
+
 class RecordedRun(Frozen):
     """The MLflow run and the registered version that hold all of the above."""
 

@@ -116,12 +116,10 @@ def chat(
     as_json: AsJson = False,
 ) -> None:
     """Ask a trained projector about a picture."""
+    from llava_pipeline.stages.chat import answer_about
     from llava_pipeline.tracking.settings import load_settings
 
-    model = read_spec(profile, []).registered_model if profile.endswith(YAML) else f"llava-projector-{profile}"
-    from llava_pipeline.stages.chat import answer_about
-
-    told = answer_about(image, question, which, model, max_new_tokens, load_settings())
+    told = answer_about(image, question, which, registered_model_of(profile), max_new_tokens, load_settings())
     show.document(told) if as_json else print(told["answer"])
 
 
@@ -147,6 +145,23 @@ def read_spec(profile: str, overrides: list[str]) -> RunSpec:
     from llava_pipeline.spec import load_spec
 
     return load_spec(profile, overrides)
+
+
+def registered_model_of(profile: str) -> str:
+    """Name of a profile's registered model; a file is read for it, a name needs none."""
+    return read_spec(profile, []).registered_model if profile.endswith(YAML) else f"llava-projector-{profile}"
+
+
+def who_am_i() -> str:
+    """Who gives this command, and where: login@host."""
+    import getpass
+    import socket
+
+    try:
+        login = getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a number without a name
+        login = f"uid {os.getuid()}"
+    return f"{login}@{socket.gethostname()}"
 
 
 def run_flow(spec: RunSpec, refresh: bool) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def promote(name: str, version: str, expected_champion: str | None, settings: Se
         NotPromoted: the champion is not ``expected_champion`` any more, or serving did not follow.
         TrackingError: MLflow cannot be reached, or refuses.
     """
-    with _alone(name, f"promote version {version} of {name}", settings) as client:
+    with _alone(name, f"promote version {version} of {name}", settings) as (client, _):
         registry.require_version(client, name, version)
         champion = _champion(client, name, settings)
         if champion == version:
@@ -95,6 +95,8 @@ def promote_by_person(
 def rollback(name: str, version: str | None, settings: Settings, *, who: str, why: str) -> Moved:
     """Make a former champion the champion again: ``version``, or the previous one. Its files are checked first.
 
+    Without a version, repeated after it was killed behind its last step, it does not go forth again.
+
     Raises:
         NoSuchRun: there is no such version, or nothing to go back to.
         NotPromoted: ``version`` was never champion, or serving did not follow.
@@ -102,13 +104,13 @@ def rollback(name: str, version: str | None, settings: Settings, *, who: str, wh
         TrackingError: MLflow cannot be reached, or refuses.
     """
     names = settings.registry
-    with _alone(name, f"roll {name} back", settings) as client:
+    with _alone(name, f"roll {name} back", settings) as (client, finished):
         found = registry.aliases_of(client, name)
         target = version or found.get(names.previous)
         if target is None or names.champion not in found:
             raise NoSuchRun(f"{name} has nothing to go back to; {registry.what_exists(client, name)}")
         tags = registry.require_version(client, name, target).tags
-        if target == found[names.champion]:
+        if target == found[names.champion] or (version is None and "rollback" in finished):
             return _moved(client, name, "rollback", target, settings, changed=False)
         if "llava.promoted_at" not in tags:
             raise NotPromoted(
@@ -127,7 +129,7 @@ def delete_version(name: str, version: str, settings: Settings, *, who: str, why
         NotPromoted: an alias points to it.
         TrackingError: MLflow cannot be reached, or refuses.
     """
-    with _alone(name, f"delete version {version} of {name}", settings) as client:
+    with _alone(name, f"delete version {version} of {name}", settings) as (client, _):
         registry.require_version(client, name, version)
         carried = sorted(alias for alias, at in registry.aliases_of(client, name).items() if at == version)
         if carried:
@@ -206,19 +208,24 @@ def wait_for_serving(version: str, settings: Settings) -> str | None:
 
 
 @contextmanager
-def _alone(name: str, attempt: str, settings: Settings) -> Iterator[MlflowClient]:
-    """A client, while no other process of this machine moves this model's aliases."""
+def _alone(name: str, attempt: str, settings: Settings) -> Iterator[tuple[MlflowClient, set[str]]]:
+    """A client, while no other process of this machine moves this model's aliases.
+
+    With it, which actions a process that was killed had carried out unseen.
+    """
     with locked(name), refusals(attempt):
         client = connect(settings)
         if registry.registered_model(client, name) is None:
             raise NoSuchRun(f"nothing is registered as {name}; run the profile first")
-        _set_right(client, name, settings)
-        yield client
+        yield client, _set_right(client, name, settings)
 
 
-def _set_right(client: MlflowClient, name: str, settings: Settings) -> None:
-    """Finish, or take back, what processes that were killed had begun; the lock says that they are not at work."""
-    names = settings.registry
+def _set_right(client: MlflowClient, name: str, settings: Settings) -> set[str]:
+    """Finish, or take back, what processes that were killed had begun; the lock says that they are not at work.
+
+    Gives the actions that had taken effect.
+    """
+    names, finished = settings.registry, set()
     for key, event in history.unfinished(client, name).items():
         found = registry.aliases_of(client, name)
         took = event.get("to") is not None and event["to"] == found.get(names.champion)
@@ -232,6 +239,9 @@ def _set_right(client: MlflowClient, name: str, settings: Settings) -> None:
                 client.delete_registered_model_alias(name, names.challenger)
         told = "took effect" if took else "interrupted"
         history.end(client, name, key, f"{told}; its process was killed")
+        if took:
+            finished.add(str(event.get("action")))
+    return finished
 
 
 def _moved(

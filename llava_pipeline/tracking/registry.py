@@ -178,6 +178,22 @@ def recorded_spec(which: str, registered_model: str | None, settings: Settings) 
             ) from error
 
 
+def recorded_evaluation(run_id: str, settings: Settings) -> Evaluation:
+    """The evaluation of a run, as it was recorded.
+
+    Raises:
+        TrackingError: MLflow cannot be reached, or the run has no evaluation that this version can read.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        (path,) = download_files(run_id, ("evaluation/evaluation.json",), Path(temporary), settings)
+        try:
+            return Evaluation.model_validate_json(path.read_text(encoding="utf-8"))
+        except ValidationError as error:
+            raise TrackingError(
+                f"the evaluation of run {run_id} cannot be read by this version ({first_line(error)}); train it again"
+            ) from error
+
+
 def _download(client: MlflowClient, run_id: str, expected: str, final: Path) -> None:
     final.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".downloading-", dir=final.parent) as folder:

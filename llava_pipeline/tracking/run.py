@@ -208,6 +208,7 @@ def _log_files(client: MlflowClient, run_id: str, spec: RunSpec, evaluation: Eva
     client.log_text(run_id, _as_yaml(spec), "spec.yaml")
     client.log_artifact(run_id, str(content.history(evaluation)), "training")
     client.log_artifacts(run_id, str(answers), "evaluation")
+    client.log_text(run_id, evaluation.model_dump_json(), "evaluation/evaluation.json")
     client.log_table(run_id, content.table(content.read_rows(answers / "answers.jsonl")), "evaluation/answers.json")
     if evaluation.asked:
         client.log_dict(run_id, {asked.question: asked.answer for asked in evaluation.asked}, "evaluation/asked.json")

@@ -23,9 +23,15 @@ from llava_pipeline.contracts import (
     Cursor,
     Evaluation,
     FetchedBackbone,
+    Grounding,
+    Health,
+    Interval,
+    Likely,
     Score,
+    Scored,
     Snapshot,
     TrainedProjector,
+    YesNo,
 )
 from llava_pipeline.spec import (
     BackbonesSpec,
@@ -110,8 +116,9 @@ def build_evaluation(
     frozen_after: str = "f",
     weights: bytes = b"weights",
     num_steps: int = NUM_STEPS,
+    **changes: Any,
 ) -> Evaluation:
-    """An evaluation with real small artifacts."""
+    """An evaluation with real small artifacts; ``changes`` are made to the finished evaluation."""
     kinds = {"color": right, "yes/no": right} if by_kind is None else by_kind
     projector = TrainedProjector(
         model=_model(),
@@ -133,19 +140,42 @@ def build_evaluation(
         frozen_digest_before=frozen_before * 64,
         frozen_digest_after=frozen_after * 64,
     )
-    return Evaluation(
+    held_out_snapshot = _snapshot(held_out)
+    scored = Scored(
+        projector_digest=projector.projector.digest,
+        held_out_digest=held_out_snapshot.rows.digest,
+        lines=_artifact("scores", {"lines.jsonl": b""}),
+        seconds=1.0,
+        seconds_per_answer=0.01,
+        peak_memory_bytes=1 << 22,
+    )
+    likely = {"likelihood": 0.8, "likelihood_by_kind": dict.fromkeys(kinds, 0.8)}
+    evaluation = Evaluation(
         projector=projector,
+        spec=EvaluationSpec(max_samples=2),
+        scored=scored,
         answers=_answers(),
         num_questions=2,
-        held_out=_snapshot(held_out),
-        right_image=Score(exact_match=right, by_kind=kinds, loss=loss),
+        held_out=held_out_snapshot,
+        right_image=Score(exact_match=right, by_kind=kinds, loss=loss, **likely),
         shuffled_image=Score(exact_match=shuffled, by_kind=dict.fromkeys(kinds, shuffled), loss=loss_shuffled),
-        untrained=Score(exact_match=untrained, by_kind=dict.fromkeys(kinds, untrained), loss=3.0),
+        no_image=Likely(loss=2.0, likelihood=0.2, likelihood_by_kind=dict.fromkeys(kinds, 0.2)),
+        untrained=Score(exact_match=untrained, by_kind=dict.fromkeys(kinds, untrained), loss=3.0, likelihood=0.1),
+        over_untrained=Interval(mean=0.7, low=0.6, high=0.8),
+        grounding=Grounding(
+            over_shuffled=Interval(mean=1.3, low=1.1, high=1.5),
+            over_no_image=Interval(mean=1.8, low=1.6, high=2.0),
+            by_kind={kind: Interval(mean=1.3, low=1.0, high=1.6) for kind in kinds},
+        ),
+        yes_no=YesNo(num_questions=1, accuracy=1.0, f1=1.0, yes_rate=0.5, true_yes_rate=0.5),
+        health=Health(empty=0.0, repeating=0.0, unended=0.0, unended_short=0.0, mean_tokens=1.5, num_not_finite=0),
         blind_rate=blind,
         blind_by_kind=dict.fromkeys(kinds, blind),
+        short_share=1.0,
         asked=(AskedQuestion(question="What is represented in the image?", answer="a woman"),),
         seconds=2.0,
     )
+    return evaluation.model_copy(update=changes)
 
 
 def _model() -> AssembledModel:
@@ -230,7 +260,7 @@ def _answers() -> ArtifactRef:
     rows = [row | {"answer_shuffled": "blue", "answer_untrained": "", "loss": 0.1}, row | {"id": "2", "loss": None}]
     with store.writing("answers") as (folder, done):
         (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        for name in ("grid.png", "example.png", "loss.png", "asked.png"):
+        for name in ("grid.png", "example.png", "loss.png", "grounding.png", "asked.png"):
             Image.new("RGB", (8, 8)).save(folder / name)
     return done[0]
 

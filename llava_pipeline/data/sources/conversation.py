@@ -1,4 +1,5 @@
-"""A JSON object as a row: in the vsft schema (``messages``, ``images``), or LLaVA's (``conversations``, ``image``)."""
+"""A JSON object as a row: in the vsft schema (``messages``, ``images``), LLaVA's (``conversations``, ``image``), or
+POPE's (``text``, ``label``, ``image``)."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from llava_pipeline.spec import JsonlSource, LlavaJsonSource, Split
 MAX_JSON_BYTES = 64 << 20  # of one row, which is held in memory: room for 10 MB of text with every character escaped
 MAX_PICTURES = 16  # of one row: more are not read into memory, for a row that no recipe takes
 IMAGE = "<image>"
+POPE_LABELS, YES_NO = ("yes", "no"), "yes/no"  # Li et al., 2023 (arXiv 2305.10355): one question about one object
 BOM = b"\xef\xbb\xbf"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 FindPictures = Callable[[list[Any]], "list[bytes] | Broken"]
@@ -67,6 +69,9 @@ def row_of_object(value: dict[str, Any], row_id: str, find: FindPictures) -> Row
     elif value.get("conversations") is not None:
         messages, markers = turns_of(value["conversations"])
         names = _names_in_llava(value)
+    elif isinstance(value.get("text"), str) and value.get("label") in POPE_LABELS:
+        messages, markers, names = asked_and_told(value["text"], value["label"]), 1, _names_in_llava(value)
+        value = {**value, "kinds": [YES_NO]}
     else:
         raise Malformed("neither messages nor conversations")
     if max(markers, len(names)) > MAX_PICTURES:
@@ -100,7 +105,7 @@ def parse(data: bytes) -> dict[str, Any]:
 
 def id_of(value: dict[str, Any], default: str) -> str:
     """An object's own name as text. One that is neither text nor a number is none."""
-    own = value.get("id")
+    own = value.get("id", value.get("question_id"))
     return str(own) if isinstance(own, (str, int, float)) and own != "" else default
 
 

@@ -62,11 +62,18 @@ def _of_file(path: Path) -> Source:
             return ParquetSource(path=str(path))
         case ".jsonl" | ".ndjson":
             return JsonlSource(path=str(path))
+        case ".json" if _begins_with_an_object(path):  # POPE's files are JSON lines by another name
+            return JsonlSource(path=str(path))
         case ".json":
             return LlavaJsonSource(path=str(path))
         case ".tar":
             return WebDatasetSource(path=str(path))
     raise SpecError(f"{path.name} is of an unknown kind; known are .parquet, .jsonl, .json (LLaVA) and .tar")
+
+
+def _begins_with_an_object(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
 
 
 def _of_folder(path: Path) -> Source:

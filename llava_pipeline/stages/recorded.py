@@ -1,0 +1,122 @@
+"""What was recorded, asked and judged again: a run, version or alias on its own held-out set or on another one."""
+
+from __future__ import annotations
+
+import logging
+
+from llava_pipeline.contracts import AssembledModel, Cursor, RecordedRun, Reexamined, Snapshot, Verdict
+from llava_pipeline.data.snapshot import refuse_if_too_many
+from llava_pipeline.data.sources import open_source
+from llava_pipeline.data.sources.named import source_named
+from llava_pipeline.errors import NothingToLearn, StoreError, TrackingError
+from llava_pipeline.evaluation import summary
+from llava_pipeline.model import projector
+from llava_pipeline.spec import DataSpec, RunSpec, ScenesSource, Source
+from llava_pipeline.stages.assemble import assemble_and_freeze
+from llava_pipeline.stages.examine import Examination, lines_of
+from llava_pipeline.stages.fetch import fetch_backbones
+from llava_pipeline.stages.promote import pass_gate_and_promote
+from llava_pipeline.stages.validate import EVERYTHING, snapshot, workers
+from llava_pipeline.stages.weigh import weigh_against_champion
+from llava_pipeline.store import open_artifact
+from llava_pipeline.tracking import registry
+from llava_pipeline.tracking.settings import Settings
+
+log = logging.getLogger(__name__)
+OF_AN_ENDLESS_SOURCE = 1000
+
+
+def evaluate_recorded(
+    which: str, registered_model: str, on: str | None, images: str | None, limit: int | None, settings: Settings
+) -> Reexamined:
+    """Ask a recorded projector its own held-out questions, or those of the source that ``on`` means.
+
+    A source with a split of its own is asked that; of every other one all rows are.
+
+    Raises:
+        NoSuchRun: there is no such run, version or alias.
+        NotFound, SpecError: no such source.
+        SourceUnavailable, NothingToLearn, TooManyRejected: its rows cannot be had, or not be used.
+        TrackingError: MLflow cannot be reached, or refuses.
+    """
+    run_id = registry.resolve(which, registered_model, settings)
+    spec = registry.recorded_spec(run_id, None, settings)
+    recorded = registry.recorded_evaluation(run_id, settings)
+    trained = recorded.projector
+    model = assemble_and_freeze(fetch_backbones(spec.backbones), spec.model)
+    folder = registry.download_projector(run_id, None, settings)
+    state = projector.load(folder, model)
+    if on is None:
+        held_out = own_held_out(recorded.held_out, model, spec)
+    else:
+        held_out = all_of(source_named(on, images), model, spec.data, limit)
+    exam = Examination(model, held_out, spec.evaluation, trained.device, trained.precision)
+    scored = exam.ask(which, trained.projector.digest, lambda: state, controls=True)
+    lines = lines_of(scored)
+    return Reexamined(
+        run_id=run_id, registered_model=registered_model, held_out=held_out, scored=scored, num_questions=len(lines),
+        right_image=summary.score(lines), shuffled_image=summary.score(lines, "_shuffled"),
+        no_image=summary.likely(lines, "_no_image"), grounding=summary.grounding(lines),
+        yes_no=summary.yes_no(lines), health=summary.health(lines),
+    )  # fmt: skip
+
+
+def judge_again(version: str, registered_model: str, who: str, settings: Settings) -> Verdict:
+    """Weigh a version against the champion of now, and let the gate decide as it does after a training.
+
+    Raises:
+        NoSuchRun: there is no such version.
+        TrackingError: MLflow cannot be reached, or refuses, or what is asked about is not to be had any more.
+    """
+    run_id = registry.resolve(version, registered_model, settings)
+    recorded = registry.recorded_evaluation(run_id, settings)
+    for ref in (recorded.scored.lines, recorded.held_out.rows):
+        try:
+            open_artifact(ref)
+        except StoreError as error:
+            raise TrackingError(f"version {version} cannot be judged on this machine: {error}") from error
+    run = RecordedRun(
+        run_id=run_id, experiment_id="", registered_model=registered_model, version=version, evaluation=recorded
+    )
+    return pass_gate_and_promote(run, weigh_against_champion(run), who)
+
+
+def own_held_out(recorded: Snapshot, model: AssembledModel, spec: RunSpec) -> Snapshot:
+    """The held-out rows of a run: from the store, or read again where they are gone; they must be the same ones.
+
+    Raises:
+        TrackingError: the source holds others now.
+    """
+    try:
+        open_artifact(recorded.rows)
+        return recorded
+    except StoreError:
+        log.info("the held-out rows are not in the store any more; they are read again")
+    found = held_out_of(recorded.source, model, spec.data, spec.evaluation.max_samples)
+    if found.rows.digest != recorded.rows.digest:
+        raise TrackingError(
+            f"{recorded.origin} holds other rows now than those that were asked ({found.rows.digest[:12]}, not "
+            f"{recorded.rows.digest[:12]}); name a source to ask about with --on"
+        )
+    return found
+
+
+def all_of(source: Source, model: AssembledModel, data: DataSpec, limit: int | None) -> Snapshot:
+    """Every row of a source, or the first ``limit``; of a source with splits, of the one that is held out."""
+    if limit is None and isinstance(source, ScenesSource):
+        limit = OF_AN_ENDLESS_SOURCE
+    everything = data.model_copy(update={"held_out_share": 1.0})
+    found = held_out_of(source, model, everything, limit or EVERYTHING)
+    refuse_if_too_many(found, data, at_end=True)
+    if found.num_kept == 0:
+        raise NothingToLearn(f"no row of {found.origin} can be asked; see `llava-pipeline validate`")
+    return found
+
+
+def held_out_of(source: Source, model: AssembledModel, data: DataSpec, wanted: int) -> Snapshot:
+    """The held-out rows of a source alone."""
+    spec = data.model_copy(update={"source": source})
+    with workers(spec.workers) as submit:
+        reader = open_source(source, "test", spec.patience_seconds)
+        found, _ = snapshot(reader, "test", model, spec, wanted, Cursor(), None, submit)
+    return found
