@@ -195,7 +195,7 @@ def evaluate_generations(projector: TrainedProjector, held_out: Snapshot, spec: 
     return evaluate.evaluate_generations(projector, held_out, spec)
 
 
-@stage("llava_pipeline.stages.record", minutes=30, retries=3, reuse=False)
+@stage("llava_pipeline.stages.record", minutes=30, retries=5, reuse=False)  # for two and a half minutes
 def record_run(spec: RunSpec, evaluation: Evaluation) -> RecordedRun:
     from llava_pipeline.stages import record
 

@@ -8,12 +8,9 @@ from typing import Any
 
 from llava_pipeline.data.picture import load_picture
 from llava_pipeline.evaluation.ask import ask
-from llava_pipeline.model import projector
-from llava_pipeline.model.assemble import assemble, describe
-from llava_pipeline.stages.fetch import fetch_backbones
+from llava_pipeline.stages.answering import Answering
 from llava_pipeline.tracking.registry import download_projector, recorded_spec, resolve
 from llava_pipeline.tracking.settings import Settings
-from llava_pipeline.training.device import choose_device, choose_precision, place
 
 
 def answer_about(
@@ -29,14 +26,9 @@ def answer_about(
     picture = load_picture(str(image))
     run_id = resolve(which, registered_model, settings)
     spec = recorded_spec(run_id, None, settings)
-    folder = download_projector(run_id, None, settings)
-    backbones = fetch_backbones(spec.backbones)
-    llava = assemble(backbones, spec.model)
-    projector.put(llava.model, projector.load(folder, describe(llava, backbones, spec.model)))
-    device = choose_device("cpu" if spec.training.device == "cpu" else "auto")  # trained on a card, asked without
-    place(llava.model, device, choose_precision(spec.training.precision, device))
+    answering = Answering(download_projector(run_id, None, settings), spec)
     started = time.monotonic()
-    told = ask(llava, picture, question, max_new_tokens)
+    told = ask(answering.llava, picture, question, max_new_tokens)
     return {
         "question": question,
         "answer": told,

@@ -47,13 +47,18 @@ def register(client: MlflowClient, spec: RunSpec, evaluation: Evaluation, run_id
     name = spec.registered_model
     with refusals(f"register the projector of run {run_id} as {name}"):
         _ensure_registered_model(client, spec)
-        version = client.create_model_version(
-            name,
-            source=f"{client.get_run(run_id).info.artifact_uri}/projector",
-            run_id=run_id,
-            tags=content.tags_of_version(evaluation),
-            description=f"Exact match {evaluation.right_image.exact_match:.3f} on {evaluation.num_questions} "
-            f"questions, {evaluation.shuffled_image.exact_match:.3f} with shuffled pictures.",
+        made = client.search_model_versions(f"run_id = '{run_id}'")  # by an attempt whose answer was lost
+        version = (
+            made[0]
+            if made
+            else client.create_model_version(
+                name,
+                source=f"{client.get_run(run_id).info.artifact_uri}/model",
+                run_id=run_id,
+                tags=content.tags_of_version(evaluation),
+                description=f"Exact match {evaluation.right_image.exact_match:.3f} on {evaluation.num_questions} "
+                f"questions, {evaluation.shuffled_image.exact_match:.3f} with shuffled pictures.",
+            )
         )
         client.set_registered_model_alias(name, settings.registry.challenger, version.version)
     return str(version.version)

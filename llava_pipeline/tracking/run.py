@@ -13,13 +13,12 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from llava_pipeline import store
 from llava_pipeline.contracts import Evaluation, RecordedRun, Snapshot, ValidatedData
-from llava_pipeline.errors import TrackingError
 from llava_pipeline.spec import EasyVqaSource, HubSource, RunSpec, ScenesSource
 from llava_pipeline.tracking import content
 from llava_pipeline.tracking.client import (
@@ -27,8 +26,10 @@ from llava_pipeline.tracking.client import (
     ensure_experiment,
     first_line,
     is_refusal,
+    refusal,
     refusals,
 )
+from llava_pipeline.tracking.packaging import save_model
 from llava_pipeline.tracking.registry import register
 from llava_pipeline.tracking.settings import Settings
 
@@ -50,8 +51,9 @@ def record(
 ) -> RecordedRun:
     """Record a finished pipeline run and register its projector as a new version.
 
-    Every call registers one version, made last, when all files are in; the run is the one that ``begin`` began for the
-    same flow run, or a new one. ``started`` is when the pipeline run began, in seconds since the epoch.
+    The version is made last, when all files are in; the run is the one that ``begin`` began for the same flow run, or a
+    new one. An attempt that follows one that was cut off writes into the same run, and makes no second version.
+    ``started`` is when the pipeline run began, in seconds since the epoch.
 
     Raises:
         TrackingError: MLflow cannot be reached, or refuses; the run ends as FAILED with the reason.
@@ -65,11 +67,13 @@ def record(
         _log_files(client, run_id, spec, evaluation)
         version = register(client, spec, evaluation, run_id, settings)
         client.set_tag(run_id, "llava.registered_version", version)
+        if "llava.failure" in client.get_run(run_id).data.tags:  # of an attempt before this one
+            client.delete_tag(run_id, "llava.failure")
         client.set_terminated(run_id, "FINISHED")
     except BaseException as error:
         _fail(client, run_id, first_line(error))
         if is_refusal(error):
-            raise TrackingError(f"cannot record run {run_id} in MLflow: {first_line(error)}") from error
+            raise refusal(f"cannot record run {run_id} in MLflow", error) from error
         raise
     return RecordedRun(
         run_id=run_id,
@@ -209,11 +213,29 @@ def _log_files(client: MlflowClient, run_id: str, spec: RunSpec, evaluation: Eva
     client.log_artifact(run_id, str(content.history(evaluation)), "training")
     client.log_artifacts(run_id, str(answers), "evaluation")
     client.log_text(run_id, evaluation.model_dump_json(), "evaluation/evaluation.json")
-    client.log_table(run_id, content.table(content.read_rows(answers / "answers.jsonl")), "evaluation/answers.json")
+    _log_table(client, run_id, content.table(content.read_rows(answers / "answers.jsonl")), "evaluation/answers.json")
     if evaluation.asked:
         client.log_dict(run_id, {asked.question: asked.answer for asked in evaluation.asked}, "evaluation/asked.json")
-    client.log_artifacts(run_id, str(store.open_artifact(evaluation.projector.projector)), "projector")
+    projector = store.open_artifact(evaluation.projector.projector)
+    client.log_artifacts(run_id, str(projector), "projector")
+    _log_model(client, run_id, spec, projector, answers / "example.png")
     _log_data(client, run_id, ValidatedData(train=evaluation.projector.data, held_out=evaluation.held_out))
+
+
+def _log_table(client: MlflowClient, run_id: str, table: dict[str, list[Any]], name: str) -> None:
+    """A table, once: MLflow would put the rows of another attempt behind those that are there."""
+    folder = name.rpartition("/")[0]
+    if all(item.path != name for item in client.list_artifacts(run_id, folder)):
+        client.log_table(run_id, table, name)
+
+
+def _log_model(client: MlflowClient, run_id: str, spec: RunSpec, projector: Path, picture: Path) -> None:
+    """What MLflow loads and serves; the registered version points there."""
+    with tempfile.TemporaryDirectory() as folder:
+        as_file = Path(folder) / "spec.yaml"
+        as_file.write_text(_as_yaml(spec), encoding="utf-8")
+        save_model(Path(folder) / "model", projector, as_file, picture)
+        client.log_artifacts(run_id, str(Path(folder) / "model"), "model")
 
 
 def _log_data(client: MlflowClient, run_id: str, data: ValidatedData) -> None:

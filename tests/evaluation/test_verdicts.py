@@ -217,7 +217,7 @@ def test_the_champion_may_not_move_between_the_comparison_and_the_verdict(
 def test_a_better_one_replaces_the_champion_and_a_worse_one_does_not(
     honest: TrainedProjector, data: ValidatedData
 ) -> None:
-    weaker = evaluated(changed(honest, {"linear_2.weight": 0.3}), data)
+    weaker = evaluated(changed(honest, {"linear_1.weight": 0.0}), data)
     better = evaluated(honest, data)
     champion = recorded(weaker)
     promotion.promote(NAME, champion.version, None, Settings(), who="a person", why="for the test")

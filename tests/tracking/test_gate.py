@@ -104,7 +104,7 @@ CASES: dict[str, Case] = {
     "one kind NaN": (
         {}, {"exact_match_gain_by_kind": {"color": 0.2, "yes/no": NAN}}, {"no_kind_worse_than_champion"},
     ),
-    "the champion's gain NaN": ({}, {"likelihood_gain": Interval(mean=NAN, low=NAN, high=NAN)}, {"better_than_champion"}),
+    "the gain NaN": ({}, {"likelihood_gain": Interval(mean=NAN, low=NAN, high=NAN)}, {"better_than_champion"}),
     "the champion not measured": ({}, NOT_MEASURED, RELATIVE),
     "the champion cannot be asked": (
         {}, NOT_MEASURED | {"problem": "its file is damaged", "held_out_digest": None}, {"same_questions", *RELATIVE},

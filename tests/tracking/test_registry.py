@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from llava_pipeline.contracts import RecordedRun
 from llava_pipeline.errors import DamagedArtifact, NoSuchRun, SpecError, TrackingError
 from llava_pipeline.spec import RunSpec
-from llava_pipeline.tracking import listing, registry
+from llava_pipeline.tracking import listing, promotion, registry
 from llava_pipeline.tracking.client import connect
 from llava_pipeline.tracking.run import record, record_failure
 from llava_pipeline.tracking.settings import Settings
@@ -29,80 +28,34 @@ def recorded(spec: RunSpec, make_evaluation: MakeEvaluation, settings: Settings)
     ]
 
 
-def test_promotion_moves_the_aliases(recorded: list[RecordedRun], settings: Settings) -> None:
-    assert registry.version_by_alias(NAME, "champion", settings) is None
-    assert registry.promote(NAME, "1", None, settings) == ("1", None)
-    assert registry.aliases(NAME, settings) == {"champion": "1", "challenger": "3"}
-    assert registry.promote(NAME, "3", "1", settings) == ("3", "1")
-    assert registry.aliases(NAME, settings) == {"champion": "3", "previous": "1"}
-    tags = connect(settings).get_model_version(NAME, "3").tags
-    assert tags["llava.promoted_over"] == "1"
-    assert tags["llava.promoted_at"].endswith("+00:00")
+def crown(version: str, settings: Settings) -> None:
+    promotion.promote(NAME, version, None, settings, who="a test", why="a test")
 
 
-def test_rollback_is_a_promotion_of_the_previous(recorded: list[RecordedRun], settings: Settings) -> None:
-    registry.promote(NAME, "1", None, settings)
-    registry.promote(NAME, "2", "1", settings)
-    assert registry.promote(NAME, "1", "2", settings) == ("1", "2")
-
-
-def test_moved_champion_is_refused(recorded: list[RecordedRun], settings: Settings) -> None:
-    registry.promote(NAME, "1", None, settings)
-    with pytest.raises(TrackingError, match=r"is version 1, but version 2 was compared with none; run the gate again"):
-        registry.promote(NAME, "2", None, settings)
-    assert registry.aliases(NAME, settings) == {"champion": "1", "challenger": "3"}
-
-
-def test_promotion_can_be_repeated(recorded: list[RecordedRun], settings: Settings) -> None:
-    registry.promote(NAME, "1", None, settings)
-    registry.promote(NAME, "2", "1", settings)
-    assert registry.promote(NAME, "2", "1", settings) == ("2", "1")
-    assert registry.promote(NAME, "2", "2", settings) == ("2", "1")
-
-
-def test_two_at_once_and_one_wins(recorded: list[RecordedRun], settings: Settings) -> None:
-    def attempt(version: str) -> str:
-        try:
-            return registry.promote(NAME, version, None, settings)[0]
-        except TrackingError:
-            return "refused"
-
-    with ThreadPoolExecutor(2) as pool:
-        outcome = sorted(pool.map(attempt, ["1", "2"]))
-    assert outcome[1] == "refused"
-    assert registry.aliases(NAME, settings)["champion"] == outcome[0]
-
-
-def test_unknown_version_has_no_aliases(recorded: list[RecordedRun], settings: Settings) -> None:
-    with pytest.raises(NoSuchRun, match=r"no version 9; newest versions: 3, 2, 1; aliases: challenger=3"):
-        registry.promote(NAME, "9", None, settings)
-    with pytest.raises(NoSuchRun, match="nothing is registered as llava-projector-other"):
-        registry.promote("llava-projector-other", "1", None, settings)
-
-
-def test_champion_scores_come_back_exactly(recorded: list[RecordedRun], settings: Settings) -> None:
-    assert registry.champion_scores(NAME, settings) is None
-    registry.promote(NAME, "2", None, settings)
-    scores = registry.champion_scores(NAME, settings)
+def test_the_champion_says_what_it_is(recorded: list[RecordedRun], settings: Settings) -> None:
+    assert registry.champion(NAME, settings) is None
+    crown("2", settings)
+    found = registry.champion(NAME, settings)
     evaluation = recorded[1].evaluation
-    assert scores is not None
-    assert scores.version == "2"
-    assert scores.exact_match == evaluation.right_image.exact_match
-    assert scores.by_kind == evaluation.right_image.by_kind
-    assert scores.held_out_digest == evaluation.held_out_digest
+    assert found is not None
+    assert (found.version, found.run_id) == ("2", recorded[1].run_id)
+    assert found.frozen_digest == evaluation.projector.model.frozen_digest
+    assert found.projector_digest == evaluation.projector.projector.digest
 
 
-def test_champion_without_scores(recorded: list[RecordedRun], settings: Settings) -> None:
-    registry.promote(NAME, "1", None, settings)
-    connect(settings).delete_model_version_tag(NAME, "1", "llava.exact_match")
-    with pytest.raises(
-        TrackingError, match="version 1 of llava-projector-tiny is champion but its tags hold no scores"
-    ):
-        registry.champion_scores(NAME, settings)
+def test_a_champion_that_does_not_say_what_it_is(recorded: list[RecordedRun], settings: Settings) -> None:
+    crown("1", settings)
+    connect(settings).delete_model_version_tag(NAME, "1", "llava.frozen_digest")
+    with pytest.raises(TrackingError, match="version 1 of llava-projector-tiny is champion but its tags do not say"):
+        registry.champion(NAME, settings)
+
+
+def test_the_evaluation_comes_back_as_it_was_recorded(recorded: list[RecordedRun], settings: Settings) -> None:
+    assert registry.recorded_evaluation(recorded[1].run_id, settings) == recorded[1].evaluation
 
 
 def test_download_by_run_version_and_alias(recorded: list[RecordedRun], settings: Settings, home: Path) -> None:
-    registry.promote(NAME, "2", None, settings)
+    crown("2", settings)
     for which in (recorded[1].run_id, "2", "champion"):
         folder = registry.download_projector(which, NAME, settings)
         assert folder == home / "cache" / "projectors" / recorded[1].run_id
@@ -137,7 +90,7 @@ def test_download_of_what_does_not_exist(spec: RunSpec, recorded: list[RecordedR
 
 
 def test_listing(spec: RunSpec, recorded: list[RecordedRun], settings: Settings) -> None:
-    registry.promote(NAME, "1", None, settings)
+    crown("1", settings)
     other = spec.model_copy(update={"profile": "other"})
     record_failure(other, "no space left", settings, {}, started=2_000.0)
     rows = listing.runs(settings, None, 10)
