@@ -120,10 +120,11 @@ if [ "$("$venv/bin/python" -m uv --version 2>/dev/null | cut -d' ' -f2)" != "$UV
     pip install -q "uv==$UV_VERSION"
 fi
 
-# The lock comes before torch, so that pip finds torch's own dependencies in place, at their locked versions.
+# The lock comes before torch, so that pip finds torch's own dependencies in place, at their locked versions. It is
+# complete but for torch, which some of its packages ask for: --no-deps.
 before=$(torch_build)
 step "installing the locked packages"
-uv pip install -q --python "$venv/bin/python" --require-hashes -r requirements.lock
+uv pip install -q --python "$venv/bin/python" --no-deps --require-hashes -r requirements.lock
 [ -z "$before" ] || [ "$(torch_build)" = "$before" ] || die "the locked packages replaced torch ($before)"
 
 install_torch

@@ -61,6 +61,8 @@ def record(
     """
     with refusals("record the run in MLflow"):
         client = connect(settings)
+        if (known := _recorded(client, spec, evaluation, settings, tags)) is not None:
+            return known
         experiment_id, run_id = begin(client, spec, settings, tags, started)
     try:
         _describe(client, run_id, spec, evaluation, time.time() if started is None else started)
@@ -82,6 +84,26 @@ def record(
         version=version,
         evaluation=evaluation,
     )
+
+
+def _recorded(
+    client: MlflowClient, spec: RunSpec, evaluation: Evaluation, settings: Settings, tags: dict[str, str]
+) -> RecordedRun | None:
+    """What an attempt of the same flow run has recorded whole, whose last answer was lost; it is ended properly."""
+    run_id = _begun(client, settings, tags)
+    if run_id is None:
+        return None
+    run = client.get_run(run_id)
+    version = run.data.tags.get("llava.registered_version")
+    if version is None or run.data.tags.get("llava.evaluation_digest") != content.evaluation_digest(evaluation):
+        return None
+    if "llava.failure" in run.data.tags:
+        client.delete_tag(run_id, "llava.failure")
+    client.set_terminated(run_id, "FINISHED")
+    return RecordedRun(
+        run_id=run_id, experiment_id=run.info.experiment_id, registered_model=spec.registered_model, version=version,
+        evaluation=evaluation,
+    )  # fmt: skip
 
 
 def record_failure(
@@ -159,14 +181,18 @@ def _describe(client: MlflowClient, run_id: str, spec: RunSpec, evaluation: Eval
 
 
 def _metrics(evaluation: Evaluation, began: float) -> Iterator[Metric]:
-    """The curve of the training, and then the results. What was sent while it trained is sent again: MLflow keeps a
-    point that has the same value, step and time once, and so none is missing."""
+    """The curve of the training, and then the results, at times that another attempt finds again.
+
+    MLflow keeps a point that has the same value, step and time once. What was sent while it trained is sent again, so
+    that none is missing.
+    """
     from mlflow.entities import Metric
 
-    for point in content.training_curve(content.read_rows(content.history(evaluation)), began):
-        yield as_metric(point)
+    curve = content.training_curve(content.read_rows(content.history(evaluation)), began)
+    yield from map(as_metric, curve)
+    ended = max((point.time for point in curve), default=began)
     for key, value in content.results(evaluation).items():
-        yield Metric(key, value, int(time.time() * 1000), evaluation.projector.num_steps)
+        yield Metric(key, value, int(ended * 1000), evaluation.projector.num_steps)
 
 
 def as_metric(point: content.Point) -> Metric:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +15,11 @@ from llava_pipeline.contracts import Verdict
 from llava_pipeline.data import scenes
 from llava_pipeline.spec import load_spec
 from llava_pipeline.stages.chat import answer_about
+from llava_pipeline.stages.recorded import evaluate_recorded, judge_again
 from llava_pipeline.tracking import listing, registry
-from llava_pipeline.tracking.settings import Settings
+from llava_pipeline.tracking.client import connect
+from llava_pipeline.tracking.history import history
+from llava_pipeline.tracking.settings import Settings, tracking_uri
 
 SHORT = ("data.max_samples=3200", "training.max_steps=100", "evaluation.max_samples=180")
 
@@ -43,5 +50,74 @@ def test_the_champion_answers_about_a_picture_it_has_never_seen(promoted: Verdic
 def test_the_same_projector_again_stays_a_challenger(promoted: Verdict) -> None:
     again = train(load_spec("pocket", SHORT))
     assert (again.decision, again.version, again.champion) == ("challenger", "2", "1")
-    assert [rule.name for rule in again.rules if not rule.passed] == ["not_the_champion_again"]
+    assert [r.name for r in again.rules if not r.passed] == ["not_the_champion_again", "better_than_champion"]
     assert registry.aliases(again.registered_model, Settings()) == {"champion": "1", "challenger": "2"}
+
+
+def test_mlflow_loads_the_champion_in_a_fresh_process_and_it_answers(promoted: Verdict, tmp_path: Path) -> None:
+    circle = scenes.Shape("circle", "blue", "large", "center", 0.5, 0.5, 0.16)
+    path = tmp_path / "scene.png"
+    scenes.draw(scenes.Scene((circle,), (250, 250, 250))).save(path)
+    code = (
+        "import sys, mlflow, pandas\n"
+        "model = mlflow.pyfunc.load_model(sys.argv[1])\n"
+        "rows = pandas.DataFrame({'image': [open(sys.argv[2], 'rb').read()] * 2,\n"
+        "    'question': ['What color is the circle?', 'How many shapes are there?']})\n"
+        "print(model.predict(rows, params={'max_new_tokens': 4}))\n"
+    )
+    environment = os.environ | {
+        "LLAVA_PIPELINE_HOME": str(tmp_path / "empty"), "MLFLOW_TRACKING_URI": tracking_uri(Settings()),
+    }  # fmt: skip
+    model = f"models:/{promoted.registered_model}@champion"
+    done = subprocess.run(
+        [sys.executable, "-c", code, model, str(path)], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "['blue', 'one']"
+    files = connect(Settings()).get_run(promoted.run_id).info.artifact_uri.removeprefix("file://")
+    assert not [path for path in Path(files).rglob("*") if path.suffix in (".pkl", ".pickle", ".pt", ".bin")]
+
+
+def test_a_recorded_projector_is_asked_again_and_gives_the_same_numbers(promoted: Verdict) -> None:
+    recorded = registry.recorded_evaluation(promoted.run_id, Settings())
+    again = evaluate_recorded("champion", promoted.registered_model, None, None, None, Settings())
+    assert (again.right_image, again.grounding, again.yes_no) == (
+        recorded.right_image, recorded.grounding, recorded.yes_no,
+    )  # fmt: skip
+    assert again.held_out == recorded.held_out
+
+
+def test_popes_files_are_asked_as_they_are(promoted: Verdict, tmp_path: Path) -> None:
+    lines = []
+    for number in range(12):
+        color = ("blue", "red")[number % 2]
+        circle = scenes.Shape("circle", color, "large", "center", 0.5, 0.5, 0.08 + number / 100)
+        scenes.draw(scenes.Scene((circle,), (250, 250, 250))).save(tmp_path / f"{number}.png")
+        asked = {"question_id": number + 1, "image": f"{number}.png", "text": "Is there a blue circle?"}
+        lines.append(json.dumps(asked | {"label": "no" if number % 2 else "yes"}))
+    (tmp_path / "coco_pope_random.json").write_text("\n".join(lines), encoding="utf-8")
+    found = evaluate_recorded(
+        "champion", promoted.registered_model, str(tmp_path / "coco_pope_random.json"), None, None, Settings()
+    )
+    assert found.num_questions == 12
+    assert found.yes_no is not None
+    assert (found.yes_no.num_questions, found.yes_no.true_yes_rate) == (12, 0.5)
+    assert set(found.right_image.by_kind) == {"yes/no"}
+
+
+def test_a_version_is_judged_again_and_history_tells_who_moved_the_champion(promoted: Verdict) -> None:
+    verdict = judge_again("1", promoted.registered_model, "ann", Settings())
+    assert "not_the_champion_again" in {rule.name for rule in verdict.rules if not rule.passed}
+    assert verdict.champion == "1"
+    (event,) = history(promoted.registered_model, Settings())
+    assert (event["action"], event["to"], event["outcome"]) == ("promote", "1", "done")
+    assert event["who"].startswith("flow run ")
+
+
+def test_the_verdict_is_a_page_that_says_what_would_have_to_change(promoted: Verdict, tmp_path: Path) -> None:
+    versions = connect(Settings()).search_model_versions(f"name = '{promoted.registered_model}'")
+    refused = next(version for version in versions if version.tags.get("llava.gate") == "refused")
+    page = Path(connect(Settings()).download_artifacts(refused.run_id, "gate.md", str(tmp_path))).read_text()
+    assert "refused" in page.splitlines()[0]
+    assert "| looks at the image | pass |" in page
+    assert "## What would have to change" in page
+    assert "nothing has changed since" in page

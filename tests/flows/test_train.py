@@ -29,6 +29,7 @@ STAGES = [
     "train-projector",
     "evaluate-generations",
     "record-run",
+    "weigh-against-champion",
     "pass-gate-and-promote",
 ]
 REUSABLE = STAGES[:5]

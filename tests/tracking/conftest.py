@@ -149,7 +149,7 @@ def build_evaluation(
         seconds_per_answer=0.01,
         peak_memory_bytes=1 << 22,
     )
-    likely = {"likelihood": 0.8, "likelihood_by_kind": dict.fromkeys(kinds, 0.8)}
+    likely: dict[str, Any] = {"likelihood": 0.8, "likelihood_by_kind": dict.fromkeys(kinds, 0.8)}
     evaluation = Evaluation(
         projector=projector,
         spec=EvaluationSpec(max_samples=2),
@@ -157,10 +157,12 @@ def build_evaluation(
         answers=_answers(),
         num_questions=2,
         held_out=held_out_snapshot,
-        right_image=Score(exact_match=right, by_kind=kinds, loss=loss, **likely),
-        shuffled_image=Score(exact_match=shuffled, by_kind=dict.fromkeys(kinds, shuffled), loss=loss_shuffled),
+        right_image=Score(exact_match=right, by_kind=kinds, loss=loss, chrf=70.0, rouge_l=0.6, **likely),
+        shuffled_image=Score(
+            exact_match=shuffled, by_kind=dict.fromkeys(kinds, shuffled), loss=loss_shuffled, **likely
+        ),
         no_image=Likely(loss=2.0, likelihood=0.2, likelihood_by_kind=dict.fromkeys(kinds, 0.2)),
-        untrained=Score(exact_match=untrained, by_kind=dict.fromkeys(kinds, untrained), loss=3.0, likelihood=0.1),
+        untrained=Score(exact_match=untrained, by_kind=dict.fromkeys(kinds, untrained), loss=3.0, **likely),
         over_untrained=Interval(mean=0.7, low=0.6, high=0.8),
         grounding=Grounding(
             over_shuffled=Interval(mean=1.3, low=1.1, high=1.5),

@@ -11,14 +11,16 @@ import subprocess
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from llava_pipeline import store
+from llava_pipeline.contracts import Evidence, Inspection
 from llava_pipeline.errors import MissingArtifact, TrackingError
 from llava_pipeline.spec import RunSpec
-from llava_pipeline.tracking import content, registry
+from llava_pipeline.tracking import content, promotion, registry, verdict
 from llava_pipeline.tracking.client import check_reachable, connect, ensure_experiment
 from llava_pipeline.tracking.gate import decide
 from llava_pipeline.tracking.run import record, record_failure
@@ -64,9 +66,11 @@ def test_every_name_is_documented_and_every_documented_name_is_logged(
     spec: RunSpec, make_evaluation: MakeEvaluation, settings: Settings
 ) -> None:
     recorded = record(spec, make_evaluation(), settings, {})
-    rules = decide(recorded.evaluation, None, settings.gate)
-    registry.write_verdict(recorded, rules, settings)
-    registry.promote(recorded.registered_model, recorded.version, None, settings)
+    own = recorded.evaluation.projector.projector.digest
+    evidence = Evidence(inspection=Inspection(problem=None, projector_digest=own), champion=None)
+    rules = decide(recorded.evaluation, evidence, None, settings.gate)
+    verdict.write(recorded, evidence, rules, settings)
+    promotion.promote(recorded.registered_model, recorded.version, None, settings, who="a test", why="a test")
     failed = record_failure(spec, "no space left", settings, {})
     client = connect(settings)
     run = client.get_run(recorded.run_id)
@@ -83,6 +87,8 @@ def test_every_name_is_documented_and_every_documented_name_is_logged(
     assert compare(set(files("", client, recorded.run_id)), documented("Artifacts")) == (set(), set())
     contexts = {tag.value for given in run.inputs.dataset_inputs for tag in given.tags}
     assert compare(contexts, documented("Data sets")) == (set(), set())
+    model = client.get_registered_model(recorded.registered_model)
+    assert compare(set(model.tags), documented("Tags of a registered model")) == (set(), set())
     aliases = {settings.registry.champion, settings.registry.challenger, settings.registry.previous}
     assert documented("Aliases") == aliases
     assert documented("Rules of the gate") == {rule.name for rule in rules}
@@ -128,6 +134,46 @@ def test_files_come_back(spec: RunSpec, make_evaluation: MakeEvaluation, setting
     assert [row[table["columns"].index("loss")] for row in table["data"]] == [0.1, None]
     assert (folder / "evaluation" / "grid.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "projector" / "projector.safetensors").read_bytes() == b"weights"
+
+
+LAST_WRITES = (
+    "log_batch", "log_inputs", "log_text", "log_artifact", "log_artifacts", "log_table", "create_registered_model",
+    "create_model_version", "set_registered_model_alias", "set_tag", "set_terminated",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("write", LAST_WRITES)
+def test_an_answer_that_was_lost_costs_a_retry_and_nothing_is_there_twice(
+    spec: RunSpec, make_evaluation: MakeEvaluation, settings: Settings, monkeypatch: pytest.MonkeyPatch, write: str
+) -> None:
+    from mlflow import MlflowClient
+
+    carry_out = getattr(MlflowClient, write)
+    lost: list[str] = []
+
+    def lose_the_answer(*args: Any, **kwargs: Any) -> Any:
+        done = carry_out(*args, **kwargs)
+        if not lost:
+            lost.append(write)
+            raise ConnectionError("cut off")
+        return done
+
+    evaluation, tags = make_evaluation(), {"prefect.flow_run_id": "one"}
+    monkeypatch.setattr(MlflowClient, write, lose_the_answer)
+    with pytest.raises(ConnectionError):
+        record(spec, evaluation, settings, tags, started=1_795_509_060.0)
+    recorded = record(spec, evaluation, settings, tags, started=1_795_509_060.0)
+    client = connect(settings)
+    (run,) = client.search_runs([recorded.experiment_id])
+    assert (run.info.run_id, run.info.status) == (recorded.run_id, "FINISHED")
+    assert "llava.failure" not in run.data.tags
+    (version,) = client.search_model_versions(f"name = '{recorded.registered_model}'")
+    assert str(version.version) == recorded.version == run.data.tags["llava.registered_version"]
+    assert len(run.inputs.dataset_inputs) == 2
+    table = client.download_artifacts(recorded.run_id, "evaluation/answers.json")
+    assert len(json.loads(Path(table).read_text(encoding="utf-8"))["data"]) == 2
+    assert len(client.get_metric_history(recorded.run_id, "train/loss")) == NUM_STEPS
+    assert len(client.get_metric_history(recorded.run_id, "eval/exact_match")) == 1
 
 
 def test_each_recording_is_a_run_and_a_version(

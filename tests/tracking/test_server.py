@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from llava_pipeline.contracts import Evidence, Inspection
 from llava_pipeline.errors import TrackingError
 from llava_pipeline.spec import RunSpec
-from llava_pipeline.tracking import listing, registry
+from llava_pipeline.tracking import listing, promotion, registry, verdict
 from llava_pipeline.tracking.client import check_reachable, connect
 from llava_pipeline.tracking.gate import decide
 from llava_pipeline.tracking.run import record
@@ -74,9 +75,13 @@ def test_record_promote_and_download_over_http(
 ) -> None:
     recorded = record(spec, make_evaluation(num_steps=450), served, {})  # more than one request may hold
     assert connect(served).get_run(recorded.run_id).info.artifact_uri.startswith("mlflow-artifacts:/")
-    rules = decide(recorded.evaluation, registry.champion_scores(recorded.registered_model, served), served.gate)
-    registry.write_verdict(recorded, rules, served)
-    assert registry.promote(recorded.registered_model, recorded.version, None, served) == ("1", None)
+    assert registry.champion(recorded.registered_model, served) is None
+    own = recorded.evaluation.projector.projector.digest
+    evidence = Evidence(inspection=Inspection(problem=None, projector_digest=own), champion=None)
+    rules = decide(recorded.evaluation, evidence, None, served.gate)
+    verdict.write(recorded, evidence, rules, served)
+    moved = promotion.promote(recorded.registered_model, "1", None, served, who="a test", why="a test")
+    assert (moved.champion, moved.previous) == ("1", None)
     folder = registry.download_projector("champion", recorded.registered_model, served)
     assert (folder / "projector.safetensors").read_bytes() == b"weights"
     (row,) = listing.runs(served, "tiny", 5)
