@@ -9,10 +9,9 @@ and reused stands in ``flows/stages.py``; what it does, in ``llava_pipeline/stag
 
 from __future__ import annotations
 
-from typing import Any
-
 import prefect
 
+from flows.hooks import mark_failed, sweep
 from flows.stages import (
     assemble_and_freeze,
     evaluate_generations,
@@ -27,18 +26,7 @@ from llava_pipeline.contracts import Verdict
 from llava_pipeline.spec import RunSpec
 
 
-def mark_failed(flow: Any, flow_run: Any, state: Any) -> None:
-    """Leave a failed MLflow run with the reason, so that a night that died is seen where people look."""
-    from llava_pipeline.tracking.run import record_failure
-    from llava_pipeline.tracking.settings import load_settings
-
-    spec = RunSpec.model_validate(flow_run.parameters["spec"])
-    began = (flow_run.start_time or flow_run.expected_start_time).timestamp()
-    tags = {"prefect.flow_run_id": str(flow_run.id)}
-    record_failure(spec, state.message or "unknown", load_settings(), tags, started=began)
-
-
-@prefect.flow(name="train-projector", on_failure=[mark_failed], on_crashed=[mark_failed])
+@prefect.flow(name="train-projector", on_running=[sweep], on_failure=[mark_failed], on_crashed=[mark_failed])
 def train(spec: RunSpec) -> Verdict:
     """Teach a frozen language model to see: only the projector learns."""
     backbones = fetch_backbones(spec.backbones)

@@ -32,6 +32,7 @@ from llava_pipeline.tracking.client import (
 from llava_pipeline.tracking.packaging import save_model
 from llava_pipeline.tracking.registry import register
 from llava_pipeline.tracking.settings import Settings
+from llava_pipeline.tracking.stale import PROCESS, this_process
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -141,6 +142,7 @@ def begin(
     if run_id is None or "llava.registered_version" in client.get_run(run_id).data.tags:
         return _start(client, spec, settings, tags, started)
     client.update_run(run_id, status="RUNNING")
+    client.set_tag(run_id, PROCESS, this_process())
     return client.get_run(run_id).info.experiment_id, run_id
 
 
@@ -151,7 +153,11 @@ def _start(
     began = time.time() if started is None else started
     experiment_id = ensure_experiment(client, settings)
     name = f"{spec.profile}-{datetime.fromtimestamp(began, UTC):%Y%m%d-%H%M%S}"
-    known = content.tags_of_spec(spec) | {key: value[: content.MAX_TAG] for key, value in tags.items()}
+    known = (
+        content.tags_of_spec(spec)
+        | {PROCESS: this_process()}
+        | {key: value[: content.MAX_TAG] for key, value in tags.items()}
+    )
     run = client.create_run(experiment_id, start_time=int(began * 1000), tags=known, run_name=name)
     return experiment_id, str(run.info.run_id)
 

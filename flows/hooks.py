@@ -1,0 +1,26 @@
+"""What happens around a flow run: runs of dead processes are ended before it, and a run that fails says why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llava_pipeline.spec import RunSpec
+
+
+def sweep(flow: Any, flow_run: Any, state: Any) -> None:
+    """End the MLflow runs of processes that were killed, before another one begins."""
+    from llava_pipeline.tracking.settings import load_settings
+    from llava_pipeline.tracking.stale import sweep_stale
+
+    sweep_stale(load_settings())
+
+
+def mark_failed(flow: Any, flow_run: Any, state: Any) -> None:
+    """Leave a failed MLflow run with the reason, so that a night that died is seen where people look."""
+    from llava_pipeline.tracking.run import record_failure
+    from llava_pipeline.tracking.settings import load_settings
+
+    spec = RunSpec.model_validate(flow_run.parameters["spec"])
+    began = (flow_run.start_time or flow_run.expected_start_time).timestamp()
+    tags = {"prefect.flow_run_id": str(flow_run.id)}
+    record_failure(spec, state.message or "unknown", load_settings(), tags, started=began)
