@@ -229,6 +229,8 @@ def _set_right(client: MlflowClient, name: str, settings: Settings) -> set[str]:
     for key, event in history.unfinished(client, name).items():
         found = registry.aliases_of(client, name)
         took = event.get("to") is not None and event["to"] == found.get(names.champion)
+        if event.get("action") == "delete":
+            took = not client.search_model_versions(f"name = '{name}' and version_number = '{event.get('from')}'")
         previous = event.get("from") if took else event.get("previous")
         if event.get("action") in ("promote", "rollback"):
             if previous is not None:

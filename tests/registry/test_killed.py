@@ -118,3 +118,17 @@ def test_of_two_at_once_one_wins_and_the_history_has_both(register: Register, se
     events = history(NAME, settings)
     assert {event["who"] for event in events} == {"process 1", "process 2"}
     assert sorted(event["outcome"].split(":")[0] for event in events) == ["done", "refused"]
+
+
+def test_a_deletion_that_was_killed_after_it_was_done_is_told_as_done(register: Register, settings: Settings) -> None:
+    for _ in range(2):
+        register()
+
+    def delete(settings: Settings) -> None:
+        promotion.delete_version(NAME, "2", settings, who="who", why="why")
+
+    assert killed(delete, settings, 2, True)  # the first write begins the event, the second one ends it
+    promotion.promote(NAME, "1", None, settings, who="who", why="why")
+    promoted, deleted = history(NAME, settings)
+    assert (promoted["action"], promoted["outcome"]) == ("promote", "done")
+    assert (deleted["action"], deleted["outcome"]) == ("delete", "took effect; its process was killed")
