@@ -22,21 +22,32 @@ BEGUN, DONE = "begun", "done"
 MAX_TEXT = 1000  # of a reason, so that MLflow takes the whole
 
 
-def begin(
+def write(
     client: MlflowClient,
     name: str,
     action: str,
-    moves: tuple[str | None, str | None],
+    version: str,
+    before: dict[str, str],
+    champion: str | None,
     who: str,
     why: str,
-    previous: str | None = None,
+    outcome: str = BEGUN,
 ) -> str:
-    """Write down what is about to be done, from where to where; returns the event's key.
+    """Write an event down, before anything is done or where nothing will be; returns its key.
 
-    ``previous`` is what that alias pointed to, so that it can be put back.
+    Args:
+        client: of the registry.
+        name: of the registered model.
+        action: promote, rollback or delete.
+        version: that is promoted, gone back to or deleted.
+        before: every alias with its version, so that they can be put back.
+        champion: who was champion; None where nobody was, or it does not matter.
+        who: whose word it is.
+        why: the reason.
+        outcome: what came of it, where that is known already.
     """
     key = f"{PREFIX}{datetime.now(UTC):%Y%m%dT%H%M%S.%f}Z-{secrets.token_hex(4)}"
-    event = {"action": action, "from": moves[0], "to": moves[1], "previous": previous, "outcome": BEGUN}
+    event = {"action": action, "from": champion, "to": version, "before": before, "outcome": outcome[:MAX_TEXT]}
     told = {"who": who[:MAX_TEXT], "why": why[:MAX_TEXT]}
     client.set_registered_model_tag(name, key, json.dumps(event | told))
     return key

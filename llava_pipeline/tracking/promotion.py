@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import requests
 
@@ -59,10 +59,8 @@ def promote(name: str, version: str, expected_champion: str | None, settings: Se
                 f"{_version(expected_champion)}; judge it again: `llava-pipeline gate {version} "
                 f"{_profile(name)}`"
             )
-            event = history.begin(
-                client, name, "promote", (champion, version), who, why, _previous(client, name, settings)
-            )
-            history.end(client, name, event, f"refused: {told}")
+            before = registry.aliases_of(client, name)
+            history.write(client, name, "promote", version, before, champion, who, why, f"refused: {told}")
             raise NotPromoted(told)
         return _move(client, name, "promote", version, settings, who, why)
 
@@ -131,13 +129,14 @@ def delete_version(name: str, version: str, settings: Settings, *, who: str, why
     """
     with _alone(name, f"delete version {version} of {name}", settings) as (client, _):
         registry.require_version(client, name, version)
-        carried = sorted(alias for alias, at in registry.aliases_of(client, name).items() if at == version)
+        before = registry.aliases_of(client, name)
+        carried = sorted(alias for alias, at in before.items() if at == version)
         if carried:
             raise NotPromoted(
                 f"version {version} of {name} is {' and '.join(carried)}, and MLflow would delete the alias with it; "
                 "promote or roll back to another version first"
             )
-        event = history.begin(client, name, "delete", (version, None), who, why)
+        event = history.write(client, name, "delete", version, before, None, who, why)
         client.delete_model_version(name, version)
         history.end(client, name, event, history.DONE)
 
@@ -152,7 +151,7 @@ def _move(
     names = settings.registry
     before = registry.aliases_of(client, name)
     was = before.get(names.champion)
-    event = history.begin(client, name, action, (was, version), who, why, before.get(names.previous))
+    event = history.write(client, name, action, version, before, was, who, why)
     if was is not None:
         client.set_registered_model_alias(name, names.previous, was)
     tags = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "over": was or NONE, "by": who[: history.MAX_TEXT]}
@@ -162,28 +161,26 @@ def _move(
     if before.get(names.challenger) == version:
         client.delete_registered_model_alias(name, names.challenger)
     found = _champion(client, name, settings)
-    problem = (
-        f"{_version(found)} is champion right after: something outside of this pipeline moves the alias; stop it"
-        if found != version
-        else wait_for_serving(version, settings)
-    )
-    if problem is not None:
-        if found == version:
-            _put_back(client, name, before, settings)
+    if found != version:
+        problem: str | None = f"{_version(found)} is champion right after: something else moves the alias; stop it"
+        history.end(client, name, event, f"lost: {problem}")
+    elif (problem := wait_for_serving(version, settings)) is not None:
+        _put_back(client, name, before, settings)
         history.end(client, name, event, f"undone: {problem}")
+    if problem is not None:
         raise NotPromoted(f"version {version} of {name} did not become champion: {problem}; then try again")
     history.end(client, name, event, history.DONE)
     return _moved(client, name, action, was, settings, changed=True)
 
 
 def _put_back(client: MlflowClient, name: str, before: dict[str, str], settings: Settings) -> None:
-    """The aliases as they were, the champion first."""
+    """The aliases as they were, the champion first; a challenger that was registered since stays."""
     names = settings.registry
     now = registry.aliases_of(client, name)
     for alias in (names.champion, names.previous, names.challenger):
-        if alias in before:
+        if alias in before and not (alias == names.challenger and alias in now):
             client.set_registered_model_alias(name, alias, before[alias])
-        elif alias in now:
+        elif alias in now and alias != names.challenger:
             client.delete_registered_model_alias(name, alias)
 
 
@@ -225,25 +222,37 @@ def _set_right(client: MlflowClient, name: str, settings: Settings) -> set[str]:
 
     Gives the actions that had taken effect.
     """
-    names, finished = settings.registry, set()
+    finished = set()
     for key, event in history.unfinished(client, name).items():
-        found = registry.aliases_of(client, name)
-        took = event.get("to") is not None and event["to"] == found.get(names.champion)
-        if event.get("action") == "delete":
-            took = not client.search_model_versions(f"name = '{name}' and version_number = '{event.get('from')}'")
-        previous = event.get("from") if took else event.get("previous")
-        if event.get("action") in ("promote", "rollback"):
-            if previous is not None:
-                client.set_registered_model_alias(name, names.previous, previous)
-            elif names.previous in found:
-                client.delete_registered_model_alias(name, names.previous)
-            if took and found.get(names.challenger) == event["to"]:
-                client.delete_registered_model_alias(name, names.challenger)
-        told = "took effect" if took else "interrupted"
+        problem = _finish_or_undo(client, name, event, settings)
+        told = "took effect" if problem is None else f"undone: {problem}"
         history.end(client, name, key, f"{told}; its process was killed")
-        if took:
-            finished.add(str(event.get("action")))
+        if problem is None:
+            finished.add(str(event["action"]))
     return finished
+
+
+def _finish_or_undo(client: MlflowClient, name: str, event: dict[str, Any], settings: Settings) -> str | None:
+    """Do what is left of an event, or take it back; why it was taken back, or None.
+
+    A champion that serving never confirmed is not one because its process was killed while it waited.
+    """
+    names, version, before = settings.registry, event["to"], event["before"]
+    if event["action"] == "delete":
+        left = client.search_model_versions(f"name = '{name}' and version_number = '{version}'")
+        return "nothing was deleted yet" if left else None
+    now = _champion(client, name, settings)
+    if now not in (version, before.get(names.champion)):
+        return "something else has moved the champion since"
+    problem = wait_for_serving(version, settings) if now == version else "the champion had not moved yet"
+    if problem is not None:
+        _put_back(client, name, before, settings)
+        return problem
+    if names.champion in before:
+        client.set_registered_model_alias(name, names.previous, before[names.champion])
+    if registry.aliases_of(client, name).get(names.challenger) == version:
+        client.delete_registered_model_alias(name, names.challenger)
+    return None
 
 
 def _moved(
@@ -258,10 +267,6 @@ def _moved(
 
 def _champion(client: MlflowClient, name: str, settings: Settings) -> str | None:
     return registry.aliases_of(client, name).get(settings.registry.champion)
-
-
-def _previous(client: MlflowClient, name: str, settings: Settings) -> str | None:
-    return registry.aliases_of(client, name).get(settings.registry.previous)
 
 
 def _why_not(name: str, version: str, tags: dict[str, str]) -> str:

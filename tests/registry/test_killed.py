@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from llava_pipeline.tracking.client import connect
 from llava_pipeline.tracking.history import history
 from llava_pipeline.tracking.settings import Settings
 from tests.registry.conftest import NAME, Register
+from tests.registry.test_promotion import following, serving
 
 WRITES = (
     "set_registered_model_alias", "delete_registered_model_alias", "set_registered_model_tag", "set_model_version_tag",
@@ -96,11 +98,58 @@ def test_killed_anywhere_it_is_served_and_repeated_it_is_finished(
     raise AssertionError("it never came to its end")
 
 
+@pytest.mark.parametrize("follows", [True, False])
+@pytest.mark.parametrize(("act", "old", "new"), [(promote, "2", "3"), (roll_back, "2", "1")])
+def test_killed_anywhere_a_champion_that_serving_does_not_report_is_taken_back(
+    register: Register, settings: Settings, act: Callable[[Settings], None], old: str, new: str, follows: bool
+) -> None:
+    for _ in range(3):
+        register()
+    client = connect(settings)
+    client.set_model_version_tag(NAME, "1", "llava.promoted_at", "then")
+    before = {"champion": "2", "previous": "1", "challenger": "3"}
+    after = {"champion": new, "previous": old} | ({} if new == "3" else {"challenger": "3"})
+    with serving(json.dumps({"version": new if follows else "7"})) as url:
+        slow = following(settings, url)
+        for number in range(1, 20):
+            for alias, version in before.items():
+                client.set_registered_model_alias(NAME, alias, version)
+            was_killed = killed(act, slow, number, True)
+            assert registry.aliases(NAME, settings)["champion"] in (old, new)
+            # Whoever comes next sets it right, whatever else is asked.
+            with pytest.raises(NotPromoted):
+                promotion.delete_version(NAME, old, slow, who="who", why="why")
+            assert registry.aliases(NAME, settings) in ((before, after) if follows else (before,)), number
+            assert all(event["outcome"] != "begun" for event in history(NAME, settings))
+            if not was_killed:
+                assert number > 5
+                return
+    raise AssertionError("it never came to its end")
+
+
+def test_what_somebody_else_has_moved_meanwhile_is_left_alone(register: Register, settings: Settings) -> None:
+    for _ in range(4):
+        register()
+    client = connect(settings)
+    for alias, version in {"champion": "2", "previous": "1", "challenger": "3"}.items():
+        client.set_registered_model_alias(NAME, alias, version)
+    assert killed(promote, settings, 3, True)
+    for alias, version in {"champion": "4", "previous": "2", "challenger": "1"}.items():
+        client.set_registered_model_alias(NAME, alias, version)
+    with pytest.raises(NotPromoted):
+        promotion.delete_version(NAME, "4", settings, who="who", why="why")
+    assert registry.aliases(NAME, settings) == {"champion": "4", "previous": "2", "challenger": "1"}
+    assert history(NAME, settings)[0]["outcome"].startswith("undone: something else has moved the champion")
+
+
 def test_of_two_at_once_one_wins_and_the_history_has_both(register: Register, settings: Settings) -> None:
     for _ in range(2):
         register()
 
+    together = FORK.Barrier(2)
+
     def attempt(version: str) -> None:
+        together.wait(60)
         try:
             promotion.promote(NAME, version, None, settings, who=f"process {version}", why="now")
         except NotPromoted:

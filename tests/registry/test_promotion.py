@@ -195,7 +195,7 @@ def serving(body: str) -> Iterator[str]:
 
 
 def following(settings: Settings, url: str) -> Settings:
-    return settings.model_copy(update={"serving": ServingSettings(ready_url=url, timeout_seconds=0.5)})
+    return settings.model_copy(update={"serving": ServingSettings(ready_url=url, timeout_seconds=0.2)})
 
 
 def test_a_promotion_waits_until_serving_reports_it(register: Register, settings: Settings) -> None:
