@@ -34,7 +34,7 @@ def evaluate(
 
 @app.command()
 def gate(
-    version: Annotated[str, typer.Argument(help="Version to judge.")],
+    which: Annotated[str, typer.Argument(help="Version to judge, or its alias.")],
     profile: Profile = "pocket",
     as_json: AsJson = False,
 ) -> None:
@@ -42,7 +42,7 @@ def gate(
     from llava_pipeline.stages.recorded import judge_again
     from llava_pipeline.tracking.settings import load_settings
 
-    verdict = judge_again(version, registered_model_of(profile), who_am_i(), load_settings())
+    verdict = judge_again(which, registered_model_of(profile), who_am_i(), load_settings())
     show.document(verdict.model_dump(mode="json")) if as_json else judged(verdict)
 
 

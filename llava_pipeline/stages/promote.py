@@ -14,11 +14,16 @@ log = logging.getLogger(__name__)
 def pass_gate_and_promote(run: RecordedRun, evidence: Evidence, who: str) -> Verdict:
     """Judge, write the verdict, then promote or leave the version a challenger.
 
+    Where an attempt before this one has promoted the version and its answer was lost, the verdict is that of then.
+
     Raises:
-        TrackingError: MLflow cannot be reached, the champion moved meanwhile, or serving does not follow.
+        NotPromoted: the champion moved meanwhile, or serving does not follow.
+        TrackingError: MLflow cannot be reached, or refuses.
     """
     settings = load_settings()
     champion = registry.version_by_alias(run.registered_model, settings.registry.champion, settings)
+    if champion == run.version:
+        champion = None if evidence.champion is None else evidence.champion.version
     rules = gate.decide(run.evaluation, evidence, champion, settings.gate)
     verdict.write(run, evidence, rules, settings)
     passed, previous = all(rule.passed for rule in rules), None

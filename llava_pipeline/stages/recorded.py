@@ -8,7 +8,7 @@ from llava_pipeline.contracts import AssembledModel, Cursor, RecordedRun, Reexam
 from llava_pipeline.data.snapshot import refuse_if_too_many
 from llava_pipeline.data.sources import open_source
 from llava_pipeline.data.sources.named import source_named
-from llava_pipeline.errors import NothingToLearn, StoreError, TrackingError
+from llava_pipeline.errors import NothingToLearn, NotPromoted, SpecError, StoreError, TrackingError
 from llava_pipeline.evaluation import summary
 from llava_pipeline.model import projector
 from llava_pipeline.spec import DataSpec, RunSpec, ScenesSource, Source
@@ -35,10 +35,12 @@ def evaluate_recorded(
 
     Raises:
         NoSuchRun: there is no such run, version or alias.
-        NotFound, SpecError: no such source.
+        NotFound, SpecError: no such source, or ``images`` or ``limit`` without one.
         SourceUnavailable, NothingToLearn, TooManyRejected: its rows cannot be had, or not be used.
         TrackingError: MLflow cannot be reached, or refuses.
     """
+    if on is None and (images is not None or limit is not None):
+        raise SpecError("--images and --limit are about another source; name it with --on, or leave them out")
     run_id = registry.resolve(which, registered_model, settings)
     spec = registry.recorded_spec(run_id, None, settings)
     recorded = registry.recorded_evaluation(run_id, settings)
@@ -61,14 +63,19 @@ def evaluate_recorded(
     )  # fmt: skip
 
 
-def judge_again(version: str, registered_model: str, who: str, settings: Settings) -> Verdict:
-    """Weigh a version against the champion of now, and let the gate decide as it does after a training.
+def judge_again(which: str, registered_model: str, who: str, settings: Settings) -> Verdict:
+    """Weigh a version, or the one that an alias points to, against the champion of now; the gate decides as ever.
 
     Raises:
-        NoSuchRun: there is no such version.
+        NoSuchRun: there is no such version or alias.
+        NotPromoted: it is champion, and there is nobody to weigh it against; see ``pass_gate_and_promote`` besides.
         TrackingError: MLflow cannot be reached, or refuses, or what is asked about is not to be had any more.
     """
-    run_id = registry.resolve(version, registered_model, settings)
+    found = registry.aliases(registered_model, settings)
+    version = found.get(which, which)
+    if version == found.get(settings.registry.champion):
+        raise NotPromoted(f"version {version} of {registered_model} is champion; it was judged when it became that")
+    run_id = registry.run_of_version(registered_model, version, settings)
     recorded = registry.recorded_evaluation(run_id, settings)
     for ref in (recorded.scored.lines, recorded.held_out.rows):
         try:

@@ -91,6 +91,17 @@ def version_by_alias(name: str, alias: str, settings: Settings) -> str | None:
     return aliases(name, settings).get(alias)
 
 
+def run_of_version(name: str, version: str, settings: Settings) -> str:
+    """Id of the run that registered a version.
+
+    Raises:
+        NoSuchRun: there is no such version; the message has those that exist.
+        TrackingError: MLflow cannot be reached, or refuses.
+    """
+    with refusals(f"read version {version} of {name}"):
+        return str(require_version(connect(settings), name, version).run_id)
+
+
 def champion(name: str, settings: Settings) -> Champion | None:
     """Who is champion, and what it was trained between; None when there is no champion.
 

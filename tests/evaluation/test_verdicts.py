@@ -142,6 +142,16 @@ def test_an_honest_one_becomes_the_first_champion_and_not_a_second_time(
     assert tags["llava.gate.champion"] == first.version
 
 
+def test_a_verdict_whose_answer_was_lost_comes_out_the_same(honest: TrainedProjector, data: ValidatedData) -> None:
+    run = recorded(evaluated(honest, data))
+    own = run.evaluation.projector.projector.digest
+    evidence = Evidence(inspection=Inspection(problem=None, projector_digest=own), champion=None)
+    first, again = (promote.pass_gate_and_promote(run, evidence, who="a test") for _ in range(2))
+    assert first == again
+    assert (again.decision, again.champion) == ("promoted", run.version)
+    assert connect(Settings()).get_model_version(NAME, run.version).tags["llava.gate"] == "passed"
+
+
 def test_one_that_learned_from_other_peoples_pictures_is_refused(
     deceived: TrainedProjector, data: ValidatedData
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 from flows.train import train
 from llava_pipeline.contracts import Verdict
 from llava_pipeline.data import scenes
+from llava_pipeline.errors import NoSuchRun, NotPromoted, SpecError
 from llava_pipeline.spec import load_spec
 from llava_pipeline.stages.chat import answer_about
 from llava_pipeline.stages.recorded import evaluate_recorded, judge_again
@@ -84,6 +85,8 @@ def test_a_recorded_projector_is_asked_again_and_gives_the_same_numbers(promoted
         recorded.right_image, recorded.grounding, recorded.yes_no,
     )  # fmt: skip
     assert again.held_out == recorded.held_out
+    with pytest.raises(SpecError, match="--limit are about another source"):
+        evaluate_recorded("champion", promoted.registered_model, None, None, 5, Settings())
 
 
 def test_popes_files_are_asked_as_they_are(promoted: Verdict, tmp_path: Path) -> None:
@@ -105,7 +108,13 @@ def test_popes_files_are_asked_as_they_are(promoted: Verdict, tmp_path: Path) ->
 
 
 def test_a_version_is_judged_again_and_history_tells_who_moved_the_champion(promoted: Verdict) -> None:
-    verdict = judge_again("1", promoted.registered_model, "ann", Settings())
+    with pytest.raises(NotPromoted, match="version 1 of llava-projector-pocket is champion; it was judged when"):
+        judge_again("champion", promoted.registered_model, "ann", Settings())
+    with pytest.raises(NoSuchRun, match="has no version 99"):
+        judge_again("99", promoted.registered_model, "ann", Settings())
+    assert connect(Settings()).get_model_version(promoted.registered_model, "1").tags["llava.gate"] == "passed"
+    verdict = judge_again("challenger", promoted.registered_model, "ann", Settings())
+    assert verdict.version == "2"
     assert "not_the_champion_again" in {rule.name for rule in verdict.rules if not rule.passed}
     assert verdict.champion == "1"
     (event,) = history(promoted.registered_model, Settings())
