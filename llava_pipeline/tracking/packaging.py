@@ -6,6 +6,7 @@ that is stored with it, so ``MLFLOW_ALLOW_MODEL_CODE_EXECUTION=false`` refuses i
 
 from __future__ import annotations
 
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -26,13 +27,15 @@ def save_model(folder: Path, projector: Path, spec: Path, picture: Path) -> None
         outputs=Schema([ColSpec(DataType.string)]),
         params=ParamSchema([ParamSpec("max_new_tokens", DataType.long, MAX_NEW_TOKENS)]),
     )
-    mlflow.pyfunc.save_model(
-        str(folder),
-        python_model=str(CODE),
-        artifacts={"projector": str(projector), "spec": str(spec)},
-        signature=signature,
-        pip_requirements=[f"{name}=={found}" for name in REQUIREMENTS if (found := _version(name))],
-    )
+    with warnings.catch_warnings():  # MLflow asks for type hints and an example: the signature and an own one are there
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"mlflow\.")
+        mlflow.pyfunc.save_model(
+            str(folder),
+            python_model=str(CODE),
+            artifacts={"projector": str(projector), "spec": str(spec)},
+            signature=signature,
+            pip_requirements=[f"{name}=={found}" for name in REQUIREMENTS if (found := _version(name))],
+        )
     _write_example(folder, picture)
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import requests
 
 from flows.train import train
 from llava_pipeline.contracts import Verdict
@@ -130,3 +136,44 @@ def test_the_verdict_is_a_page_that_says_what_would_have_to_change(promoted: Ver
     assert "| looks at the image | pass |" in page
     assert "## What would have to change" in page
     assert "nothing has changed since" in page
+
+
+@pytest.mark.slow
+def test_mlflow_serves_the_champion_over_http(promoted: Verdict, tmp_path: Path) -> None:
+    circle = scenes.Shape("circle", "blue", "large", "center", 0.5, 0.5, 0.16)
+    picture = io.BytesIO()
+    scenes.draw(scenes.Scene((circle,), (250, 250, 250))).save(picture, "PNG")
+    row = [base64.b64encode(picture.getvalue()).decode(), "What color is the circle?"]
+    asked = {"dataframe_split": {"columns": ["image", "question"], "data": [row]}, "params": {"max_new_tokens": 4}}
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        port = opened.getsockname()[1]
+    environment = os.environ | {
+        "LLAVA_PIPELINE_HOME": str(tmp_path / "empty"), "MLFLOW_TRACKING_URI": tracking_uri(Settings()),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+    model = f"models:/{promoted.registered_model}@champion"
+    process = subprocess.Popen(
+        ["mlflow", "models", "serve", "-m", model, "--env-manager", "local", "-p", str(port)],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                requests.get(f"http://127.0.0.1:{port}/ping", timeout=5).raise_for_status()
+                break
+            except requests.RequestException:
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+        answer = requests.post(f"http://127.0.0.1:{port}/invocations", json=asked, timeout=60)
+        assert answer.json() == {"predictions": ["blue"]}
+        broken = asked | {"dataframe_split": {"columns": ["image", "question"], "data": [["aGVsbG8=", "?"]]}}
+        refused = requests.post(f"http://127.0.0.1:{port}/invocations", json=broken, timeout=60)
+        assert refused.status_code >= 400
+        assert "row 0: the picture is not accepted" in refused.text
+        assert requests.post(f"http://127.0.0.1:{port}/invocations", json=asked, timeout=60).ok
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=30)

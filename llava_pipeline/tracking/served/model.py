@@ -6,6 +6,7 @@ spec of the run says. No part of the package imports this file, and its folder i
 
 from typing import Any
 
+import pandas  # type: ignore[import-untyped]  # stubs for one annotation
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel  # type: ignore[attr-defined]  # exported, but not in so many words
 
@@ -20,7 +21,8 @@ class Projector(PythonModel):
 
         self.answering = Answering.stored(Path(context.artifacts["projector"]), Path(context.artifacts["spec"]))
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # MLflow reads annotations
+    def predict(self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
+        """One answer per row of ``image`` (bytes of a picture's file) and ``question``."""
         longest = int((params or {}).get("max_new_tokens", 32))
         return self.answering.answers(list(model_input["image"]), list(model_input["question"]), longest)
 
