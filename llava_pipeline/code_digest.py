@@ -14,7 +14,18 @@ from pathlib import Path
 
 PACKAGE = "llava_pipeline"
 SHIPPED = {"llava_pipeline.backbones.fetch": "pocket"}  # the folder beside a module whose files it reads
-LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "pillow", "gguf", "datasets", "pyarrow", "numpy")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "pillow",
+    "gguf",
+    "datasets",
+    "pyarrow",
+    "numpy",
+    "torchmetrics",
+)
 
 
 def _source(module: str) -> Path | None:

@@ -204,23 +204,28 @@ class AskedQuestion(Frozen):
     answer: str
 
 
-class Evaluation(Frozen):
-    """The same held-out questions under each condition, and every answer on file."""
+class Examined(Frozen):
+    """One projector's answers to a held-out set, under each condition."""
+
+    held_out: Snapshot
+    scored: Scored
+    num_questions: int
+    right_image: Score
+    shuffled_image: Score
+    no_image: Likely
+    grounding: Grounding | None  # None where there are too few pictures to tell
+    yes_no: YesNo | None  # None where no answer is yes or no
+    health: Health
+
+
+class Evaluation(Examined):
+    """What a run's projector answered, beside what an untrained one and one that never looks would."""
 
     projector: TrainedProjector
     spec: EvaluationSpec
-    scored: Scored  # this projector's answers and likelihoods
     answers: ArtifactRef  # all of it, line by line, with the pictures people look at
-    num_questions: int
-    held_out: Snapshot
-    right_image: Score
-    shuffled_image: Score
-    no_image: Likely | None
     untrained: Score
-    over_untrained: Interval | None  # likelihood gained by training, per question
-    grounding: Grounding | None  # None where it could not be measured
-    yes_no: YesNo | None  # None where no answer is yes or no
-    health: Health
+    over_untrained: Interval | None  # likelihood gained by training, per question; None with too few pictures
     blind_rate: float  # of the best answer per question text, learned on the training rows
     blind_by_kind: dict[str, float]
     short_share: float  # of the true answers: so many can be guessed and matched word by word
@@ -233,20 +238,11 @@ class Evaluation(Frozen):
         return self.held_out.rows.digest
 
 
-class Reexamined(Frozen):
+class Reexamined(Examined):
     """A recorded projector that was asked about a set, outside of a run."""
 
     run_id: str
     registered_model: str
-    held_out: Snapshot
-    scored: Scored
-    num_questions: int
-    right_image: Score
-    shuffled_image: Score
-    no_image: Likely
-    grounding: Grounding | None
-    yes_no: YesNo | None
-    health: Health
 
 
 class RecordedRun(Frozen):

@@ -56,7 +56,7 @@ def _line(llava: Llava, rows: Rows, k: int, question: Question, told: Told) -> L
         "truth": rows.answers[k][0], "num_truth_tokens": len(question.truth), "answer": llava.processor.decode(ids),
         "num_tokens": len(ids), "ended": told.ended, "repeats": repeats(ids), "finite": told.finite,
         "loss": told.loss,
-    } | ({} if told.loss_opposite is None else {"nats_over_opposite": told.loss_opposite})  # fmt: skip
+    } | ({} if told.nats_over_opposite is None else {"nats_over_opposite": told.nats_over_opposite})  # fmt: skip
 
 
 def _compare_long_answers(lines: list[Line]) -> None:

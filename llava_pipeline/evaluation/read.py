@@ -36,7 +36,7 @@ class Told:
     """What came of a job."""
 
     loss: float  # nats per token of the true answer
-    loss_opposite: float | None  # nats of the whole opposite answer less those of the true one; yes/no questions only
+    nats_over_opposite: float | None  # by which the opposite answer is less likely; None where there is no opposite
     answer: tuple[int, ...] | None  # greedy, without its stop token
     ended: bool  # it has one
     finite: bool
@@ -75,7 +75,7 @@ def read(llava: Llava, jobs: Sequence[Job], features: Tensor, limits: Limits, ad
         for start in range(0, len(numbers), limits.batch_size):
             rows = numbers[start : start + limits.batch_size]
             slots = torch.tensor([slot[jobs[k].picture] for k in rows], device=llava.model.device)
-            batch = _read_batch(llava.model, known, len(prefix), slots, [jobs[k] for k in rows], limits)
+            batch = _read_batch(llava.model, known, slots, [jobs[k] for k in rows], limits)
             told |= zip(rows, batch, strict=True)
             advance(len(rows))
     return [told[k] for k in range(len(jobs))]
@@ -117,7 +117,7 @@ def _read_prefix(model: LlavaForConditionalGeneration, prefix: tuple[int, ...], 
 
 
 def _read_batch(
-    model: LlavaForConditionalGeneration, known: KeysValues, num_prefix: int, slots: Tensor, jobs: list[Job],
+    model: LlavaForConditionalGeneration, known: KeysValues, slots: Tensor, jobs: list[Job],
     limits: Limits,
 ) -> list[Told]:  # fmt: skip
     """What comes of some jobs, given the keys and values of their pictures."""

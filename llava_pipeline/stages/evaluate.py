@@ -20,7 +20,7 @@ from llava_pipeline.evaluation.pictures import Shown, save_grid, save_grounding,
 from llava_pipeline.evaluation.score import BlindGuesser, by_kind, exact_match, mean
 from llava_pipeline.model import projector
 from llava_pipeline.spec import EvaluationSpec
-from llava_pipeline.stages.examine import Examination, lines_of
+from llava_pipeline.stages.examine import Examination, examined, lines_of
 from llava_pipeline.store import open_artifact, writing
 
 log = logging.getLogger(__name__)
@@ -44,12 +44,10 @@ def evaluate_generations(trained: TrainedProjector, held_out: Snapshot, spec: Ev
         save_pictures(folder, exam.rows, together, trained, spec)
         asked = ask_own_picture(exam, trained, spec, folder / "asked.png")
     return Evaluation(
-        projector=trained, spec=spec, scored=scored, answers=done[0], num_questions=len(lines), held_out=held_out,
-        right_image=summary.score(lines), shuffled_image=summary.score(lines, "_shuffled"),
-        no_image=summary.likely(lines, "_no_image"), untrained=summary.score(untrained),
-        over_untrained=summary.gain(lines, untrained), grounding=summary.grounding(lines),
-        yes_no=summary.yes_no(lines), health=summary.health(lines), blind_rate=blind[0], blind_by_kind=blind[1],
-        short_share=summary.short_share(lines), asked=asked, seconds=time.monotonic() - started,
+        **examined(held_out, scored), projector=trained, spec=spec, answers=done[0],
+        untrained=summary.score(untrained), over_untrained=summary.gain(lines, untrained), blind_rate=blind[0],
+        blind_by_kind=blind[1], short_share=summary.short_share(lines), asked=asked,
+        seconds=time.monotonic() - started,
     )  # fmt: skip
 
 

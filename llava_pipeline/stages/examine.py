@@ -18,6 +18,7 @@ from llava_pipeline.code_digest import code_digest
 from llava_pipeline.contracts import AssembledModel, Scored, Snapshot
 from llava_pipeline.data.snapshot import Rows, open_rows
 from llava_pipeline.errors import StoreError
+from llava_pipeline.evaluation import summary
 from llava_pipeline.evaluation.features import picture_features
 from llava_pipeline.evaluation.lines import Line, ask_all, num_jobs
 from llava_pipeline.evaluation.questions import Question, questions_of
@@ -102,8 +103,8 @@ class Examination:
         Raises:
             WeightsMismatch, IncompatibleParts: ``state`` refuses to load.
         """
-        place_ = home() / "cache" / "scores" / f"{self._key(digest, controls)}.json"
-        if (known := _remembered(place_)) is not None:
+        remembered = home() / "cache" / "scores" / f"{self._key(digest, controls)}.json"
+        if (known := _remembered(remembered)) is not None:
             log.info("%s: the same projector was asked the same questions before; its answers are reused", who)
             return known
         projector.put(self.llava.model, state())
@@ -119,7 +120,7 @@ class Examination:
             projector_digest=digest, held_out_digest=self.held_out.rows.digest, lines=done[0], seconds=seconds,
             seconds_per_answer=seconds / count, peak_memory_bytes=peak_memory(self.device),
         )  # fmt: skip
-        write_text(place_, scored.model_dump_json())
+        write_text(remembered, scored.model_dump_json())
         return scored
 
     def _key(self, digest: str, controls: bool) -> str:
@@ -130,6 +131,16 @@ class Examination:
             "device": self.device.type, "precision": self.precision, "code": code_digest(__name__),
         }  # fmt: skip
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def examined(held_out: Snapshot, scored: Scored) -> dict[str, Any]:
+    """What a projector said to a set, in numbers: the fields of ``Examined``."""
+    lines = lines_of(scored)
+    return {
+        "held_out": held_out, "scored": scored, "num_questions": len(lines), "right_image": summary.score(lines),
+        "shuffled_image": summary.score(lines, "_shuffled"), "no_image": summary.likely(lines, "_no_image"),
+        "grounding": summary.grounding(lines), "yes_no": summary.yes_no(lines), "health": summary.health(lines),
+    }  # fmt: skip
 
 
 def lines_of(scored: Scored) -> list[Line]:

@@ -9,11 +9,10 @@ from llava_pipeline.data.snapshot import refuse_if_too_many
 from llava_pipeline.data.sources import open_source
 from llava_pipeline.data.sources.named import source_named
 from llava_pipeline.errors import NothingToLearn, NotPromoted, SpecError, StoreError, TrackingError
-from llava_pipeline.evaluation import summary
 from llava_pipeline.model import projector
 from llava_pipeline.spec import DataSpec, RunSpec, ScenesSource, Source
 from llava_pipeline.stages.assemble import assemble_and_freeze
-from llava_pipeline.stages.examine import Examination, lines_of
+from llava_pipeline.stages.examine import Examination, examined
 from llava_pipeline.stages.fetch import fetch_backbones
 from llava_pipeline.stages.promote import pass_gate_and_promote
 from llava_pipeline.stages.validate import EVERYTHING, snapshot, workers
@@ -54,13 +53,7 @@ def evaluate_recorded(
         held_out = all_of(source_named(on, images), model, spec.data, limit)
     exam = Examination(model, held_out, spec.evaluation, trained.device, trained.precision)
     scored = exam.ask(which, trained.projector.digest, lambda: state, controls=True)
-    lines = lines_of(scored)
-    return Reexamined(
-        run_id=run_id, registered_model=registered_model, held_out=held_out, scored=scored, num_questions=len(lines),
-        right_image=summary.score(lines), shuffled_image=summary.score(lines, "_shuffled"),
-        no_image=summary.likely(lines, "_no_image"), grounding=summary.grounding(lines),
-        yes_no=summary.yes_no(lines), health=summary.health(lines),
-    )  # fmt: skip
+    return Reexamined(run_id=run_id, registered_model=registered_model, **examined(held_out, scored))
 
 
 def judge_again(which: str, registered_model: str, who: str, settings: Settings) -> Verdict:

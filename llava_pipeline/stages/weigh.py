@@ -10,7 +10,7 @@ from llava_pipeline.contracts import ChampionScores, Evidence, Inspection, Recor
 from llava_pipeline.errors import DamagedArtifact, IncompatibleParts, NoSuchRun, WeightsMismatch
 from llava_pipeline.evaluation import summary
 from llava_pipeline.model import projector
-from llava_pipeline.stages import inspect
+from llava_pipeline.stages import inspection
 from llava_pipeline.stages.examine import Examination, lines_of
 from llava_pipeline.tracking import registry
 from llava_pipeline.tracking.settings import Settings, load_settings
@@ -26,10 +26,9 @@ def weigh_against_champion(run: RecordedRun) -> Evidence:
         TrackingError: MLflow cannot be reached, or refuses.
     """
     settings = load_settings()
-    inspection = inspect_registered(run, settings)
     champion = registry.champion(run.registered_model, settings)
     asked = None if champion is None else ask_champion(run, champion, settings)
-    return Evidence(inspection=inspection, champion=asked)
+    return Evidence(inspection=inspect_registered(run, settings), champion=asked)
 
 
 def inspect_registered(run: RecordedRun, settings: Settings) -> Inspection:
@@ -38,9 +37,9 @@ def inspect_registered(run: RecordedRun, settings: Settings) -> Inspection:
         folder = registry.download_projector(run.version, run.registered_model, settings)
     except (DamagedArtifact, NoSuchRun) as error:
         return Inspection(problem=str(error), projector_digest=None)
-    order = inspect.Order(folder=str(folder), evaluation=run.evaluation)
+    order = inspection.Order(folder=str(folder), evaluation=run.evaluation)
     done = subprocess.run(
-        [sys.executable, "-m", inspect.__name__], input=order.model_dump_json(), capture_output=True, text=True
+        [sys.executable, "-m", inspection.__name__], input=order.model_dump_json(), capture_output=True, text=True
     )
     try:
         return Inspection.model_validate_json(done.stdout.splitlines()[-1])

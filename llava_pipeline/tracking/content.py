@@ -165,8 +165,7 @@ def results(evaluation: Evaluation) -> dict[str, float]:
     found |= dict(_of_score("", evaluation.right_image))
     found |= dict(_of_score("_shuffled", evaluation.shuffled_image))
     found |= dict(_of_score("_untrained", evaluation.untrained))
-    if evaluation.no_image is not None:
-        found |= dict(_of_likely("_no_image", evaluation.no_image))
+    found |= dict(_of_likely("_no_image", evaluation.no_image))
     found |= dict(_of_interval("eval/over_untrained", evaluation.over_untrained))
     if (grounding := evaluation.grounding) is not None:
         found |= dict(_of_interval("eval/grounding_gain", grounding.over_shuffled))

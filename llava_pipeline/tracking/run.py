@@ -70,9 +70,7 @@ def record(
         _log_files(client, run_id, spec, evaluation)
         version = register(client, spec, evaluation, run_id, settings)
         client.set_tag(run_id, "llava.registered_version", version)
-        if "llava.failure" in client.get_run(run_id).data.tags:  # of an attempt before this one
-            client.delete_tag(run_id, "llava.failure")
-        client.set_terminated(run_id, "FINISHED")
+        _finish(client, run_id)
     except BaseException as error:
         _fail(client, run_id, first_line(error))
         if is_refusal(error):
@@ -98,9 +96,7 @@ def _recorded(
     version = run.data.tags.get("llava.registered_version")
     if version is None or run.data.tags.get("llava.evaluation_digest") != content.evaluation_digest(evaluation):
         return None
-    if "llava.failure" in run.data.tags:
-        client.delete_tag(run_id, "llava.failure")
-    client.set_terminated(run_id, "FINISHED")
+    _finish(client, run_id)
     return RecordedRun(
         run_id=run_id, experiment_id=run.info.experiment_id, registered_model=spec.registered_model, version=version,
         evaluation=evaluation,
@@ -283,6 +279,13 @@ def _log_data(client: MlflowClient, run_id: str, data: ValidatedData) -> None:
 
 def _as_yaml(spec: RunSpec) -> str:
     return str(yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def _finish(client: MlflowClient, run_id: str) -> None:
+    """End a run as FINISHED, without the reason why an attempt before this one failed."""
+    if "llava.failure" in client.get_run(run_id).data.tags:
+        client.delete_tag(run_id, "llava.failure")
+    client.set_terminated(run_id, "FINISHED")
 
 
 def _fail(client: MlflowClient, run_id: str, reason: str) -> None:

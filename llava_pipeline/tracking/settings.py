@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llava_pipeline import store
 from llava_pipeline.errors import SpecError
@@ -27,8 +27,6 @@ def _not_reserved(alias: str) -> str:
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Limit = Annotated[float | None, Field(allow_inf_nan=False)]
 Alias = Annotated[str, Field(pattern=r"^[a-zA-Z][a-zA-Z0-9_-]{0,63}$"), AfterValidator(_not_reserved)]
 
 
@@ -90,8 +88,12 @@ class GateSettings(Frozen):
     A likelihood is that of the true answer, the geometric mean over its tokens.
     """
 
-    min_grounding_gain: Finite = Field(
-        0.02, description="Nats per token that the right picture must gain over another one, and over none: surely."
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    min_grounding_gain: float = Field(
+        0.02,
+        ge=0,
+        description="Nats per token that the right picture must gain over another one, and over none: surely.",
     )
     min_over_untrained: Share = Field(
         0.02, description="Likelihood that training must have gained over the first projector: surely."
@@ -107,10 +109,10 @@ class GateSettings(Frozen):
     max_kind_regression: Share = Field(
         0.05, description="Likelihood (surely) and exact matches that one kind may lose against the champion."
     )
-    max_seconds_per_answer: Limit = Field(None, gt=0, description="Most seconds an answer may take; null: any.")
-    max_memory_gb: Limit = Field(None, gt=0, description="Most memory the evaluation may take; null: any.")
-    max_training_minutes: Limit = Field(None, gt=0, description="Most minutes of training; null: any.")
-    max_training_cost: Limit = Field(None, gt=0, description="Most that training may cost; null: any.")
+    max_seconds_per_answer: float | None = Field(None, gt=0, description="Most seconds an answer may take; null: any.")
+    max_memory_gb: float | None = Field(None, gt=0, description="Most memory the evaluation may take; null: any.")
+    max_training_minutes: float | None = Field(None, gt=0, description="Most minutes of training; null: any.")
+    max_training_cost: float | None = Field(None, gt=0, description="Most that training may cost; null: any.")
 
 
 class UiSettings(Frozen):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llava_pipeline.contracts import Evaluation, Evidence, RecordedRun, Rule
+from llava_pipeline.tracking import content
 from llava_pipeline.tracking.client import connect, refusals
 from llava_pipeline.tracking.settings import Settings
 
-MAX_TAG = 5000
 NONE = "none"
 
 
@@ -31,7 +31,7 @@ def write(run: RecordedRun, evidence: Evidence, rules: tuple[Rule, ...], setting
         client.set_tag(run.run_id, "llava.gate", outcome)
         tags = {f"llava.gate.{rule.name}": _tag(rule) for rule in rules}
         for key, value in (tags | {"llava.gate.champion": seen, "llava.gate": outcome}).items():
-            client.set_model_version_tag(run.registered_model, run.version, key, value[:MAX_TAG])
+            client.set_model_version_tag(run.registered_model, run.version, key, value[: content.MAX_TAG])
 
 
 def report(run: RecordedRun, evidence: Evidence, rules: Sequence[Rule]) -> str:
@@ -53,11 +53,13 @@ def report(run: RecordedRun, evidence: Evidence, rules: Sequence[Rule]) -> str:
 
 def _sentence(evaluation: Evaluation, evidence: Evidence) -> str:
     asked = f"{evaluation.num_questions} held-out questions about {evaluation.held_out.num_images} pictures"
-    other = (
-        "there is no champion yet"
-        if evidence.champion is None
-        else (f"the champion, version {evidence.champion.version}, was asked the same in the same job")
-    )
+    champion = evidence.champion
+    if champion is None:
+        other = "there is no champion yet"
+    elif champion.problem is not None:
+        other = f"version {champion.version}, the champion, was not: {champion.problem}"
+    else:
+        other = f"version {champion.version}, the champion, was asked the same in the same job"
     return f"It was asked {asked} (set `{evaluation.held_out_digest[:12]}`); {other}."
 
 
@@ -66,7 +68,7 @@ def _scores(evaluation: Evaluation, evidence: Evidence) -> list[str]:
     rows: list[tuple[str, float | None, float | None]] = [
         ("right picture", evaluation.right_image.exact_match, evaluation.right_image.likelihood),
         ("another picture", evaluation.shuffled_image.exact_match, evaluation.shuffled_image.likelihood),
-        ("no picture", evaluation.blind_rate, None if evaluation.no_image is None else evaluation.no_image.likelihood),
+        ("no picture", evaluation.blind_rate, evaluation.no_image.likelihood),
         ("untrained", evaluation.untrained.exact_match, evaluation.untrained.likelihood),
     ]
     if evidence.champion is not None:
