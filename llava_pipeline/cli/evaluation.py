@@ -76,14 +76,14 @@ def told(found: Reexamined) -> None:
 def judged(verdict: Verdict) -> None:
     """Every rule, and what would have to change."""
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console()
     made = show.table("rule", "", "found")
     for rule in verdict.rules:
-        made.add_row(rule.name.replace("_", " "), "pass" if rule.passed else "[bold red]FAIL[/]", rule.found)
+        # What was found holds intervals in brackets, which rich would take for its markup.
+        made.add_row(rule.name.replace("_", " "), "pass" if rule.passed else "[bold red]FAIL[/]", escape(rule.found))
     console.print(made)
-    for rule in verdict.rules:
-        if not rule.passed:
-            console.print(f"{rule.name.replace('_', ' ')}: {rule.remedy}.", highlight=False)
+    show.refused(console, [rule.model_dump() for rule in verdict.rules])
     outcome = "is champion" if verdict.decision == "promoted" else "passed" if verdict.passed else "was refused"
     console.print(f"Version {verdict.version} of {verdict.registered_model} {outcome}.", highlight=False)

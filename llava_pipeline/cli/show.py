@@ -101,13 +101,25 @@ def result(row: dict[str, Any]) -> None:
         console.print(
             f"Version {verdict['version']} of {verdict['registered_model']} is now champion{before}.", highlight=False
         )
-    else:
-        refused = "; ".join(f"{rule['name']}: {rule['found']}" for rule in verdict["rules"] if not rule["passed"])
-        champion = f"version {verdict['champion']} stays champion" if verdict["champion"] else "there is no champion"
+        return
+    champion = f"version {verdict['champion']} stays champion" if verdict["champion"] else "there is no champion"
+    console.print(
+        f"Version {verdict['version']} of {verdict['registered_model']} is a challenger; {champion}.", highlight=False
+    )
+    refused(console, verdict["rules"])
+    if all(rule["passed"] for rule in verdict["rules"]):
         console.print(
-            f"Version {verdict['version']} of {verdict['registered_model']} is a challenger; {champion}. {refused}",
-            highlight=False,
-        )
+            f"It passed the gate and waits for a person: llava-pipeline promote {verdict['version']} --profile "
+            f"{row['profile']} --reason ...", highlight=False,
+        )  # fmt: skip
+
+
+def refused(console: Console, rules: list[dict[str, Any]]) -> None:
+    """Each rule that was failed: what was found, and what would have to change."""
+    for rule in rules:
+        if not rule["passed"]:
+            told = f"- {rule['name'].replace('_', ' ')}: {rule['found']}.\n  To change: {rule['remedy']}."
+            console.print(told, highlight=False, markup=False)
 
 
 def validated(data: ValidatedData, page: Path) -> None:
