@@ -80,6 +80,7 @@ def judged(verdict: Verdict) -> None:
 
     console = Console()
     made = show.table("rule", "", "found")
+    made.columns[2].justify = "left"
     for rule in verdict.rules:
         # What was found holds intervals in brackets, which rich would take for its markup.
         made.add_row(rule.name.replace("_", " "), "pass" if rule.passed else "[bold red]FAIL[/]", escape(rule.found))

@@ -131,7 +131,9 @@ class Taker:
             self._keep(row)
 
     def _belongs_to(self, row: dict[str, Any]) -> Split:
-        """What has no picture that could be decoded is counted with the training rows."""
+        """What has no picture that could be decoded is counted with the training rows, where there are any."""
+        if self.spec.held_out_share == 1:  # all that a source has is asked about
+            return "test"
         return split_of(row["pixels"], self.spec.held_out_share) if row["pixels"] is not None else "train"
 
     def _refusal(self, row: dict[str, Any]) -> tuple[str, str] | None:

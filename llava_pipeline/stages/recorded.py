@@ -40,6 +40,7 @@ def evaluate_recorded(
     """
     if on is None and (images is not None or limit is not None):
         raise SpecError("--images and --limit are about another source; name it with --on, or leave them out")
+    source = None if on is None else source_named(on, images)
     run_id = registry.resolve(which, registered_model, settings)
     spec = registry.recorded_spec(run_id, None, settings)
     recorded = registry.recorded_evaluation(run_id, settings)
@@ -47,10 +48,10 @@ def evaluate_recorded(
     model = assemble_and_freeze(fetch_backbones(spec.backbones), spec.model)
     folder = registry.download_projector(run_id, None, settings)
     state = projector.load(folder, model)
-    if on is None:
+    if source is None:
         held_out = own_held_out(recorded.held_out, model, spec)
     else:
-        held_out = all_of(source_named(on, images), model, spec.data, limit)
+        held_out = all_of(source, model, spec.data, limit)
     exam = Examination(model, held_out, spec.evaluation, trained.device, trained.precision)
     scored = exam.ask(which, trained.projector.digest, lambda: state, controls=True)
     return Reexamined(run_id=run_id, registered_model=registered_model, **examined(held_out, scored))

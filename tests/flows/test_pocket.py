@@ -19,7 +19,7 @@ import requests
 from flows.train import train
 from llava_pipeline.contracts import Verdict
 from llava_pipeline.data import scenes
-from llava_pipeline.errors import NoSuchRun, NotPromoted, SpecError
+from llava_pipeline.errors import NoSuchRun, NotPromoted, SpecError, TooManyRejected
 from llava_pipeline.spec import load_spec
 from llava_pipeline.stages.chat import answer_about
 from llava_pipeline.stages.recorded import evaluate_recorded, judge_again
@@ -111,6 +111,18 @@ def test_popes_files_are_asked_as_they_are(promoted: Verdict, tmp_path: Path) ->
     assert found.yes_no is not None
     assert (found.yes_no.num_questions, found.yes_no.true_yes_rate) == (12, 0.5)
     assert set(found.right_image.by_kind) == {"yes/no"}
+
+
+def test_rows_that_cannot_be_asked_are_told_with_their_reasons(promoted: Verdict, tmp_path: Path) -> None:
+    rows = [
+        {"question_id": 1, "image": "gone.png", "text": "Is there a circle?", "label": "yes"},
+        {"question_id": 2, "image": "gone.png", "text": "Is there a circle?", "label": "perhaps"},
+    ]
+    path = tmp_path / "coco_pope_random.json"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with pytest.raises(TooManyRejected, match=r"of 2 rows were refused 2 \(.*malformed 1") as told:
+        evaluate_recorded("champion", promoted.registered_model, str(path), None, None, Settings())
+    assert "image_" in str(told.value)
 
 
 def test_a_version_is_judged_again_and_history_tells_who_moved_the_champion(promoted: Verdict) -> None:
