@@ -192,7 +192,7 @@ def save_pictures(run_id: str, folder: Path) -> list[Path]:
     from llava_pipeline.tracking.registry import download_files
     from llava_pipeline.tracking.settings import load_settings
 
-    names = ("evaluation/grid.png", "evaluation/loss.png", "evaluation/example.png")
+    names = tuple(f"evaluation/{name}.png" for name in ("grid", "grounding", "loss", "example"))
     return download_files(run_id, names, folder, load_settings())
 
 
