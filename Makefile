@@ -4,6 +4,8 @@ SHELL := bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 BIN := .venv/bin
+# One process per core, one thread each: whole files, so that what a file's fixtures make is made once.
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo test test-all check format bench docs lock clean
 
@@ -19,11 +21,11 @@ demo: setup ## Run the whole pipeline on the pocket backbones
 
 test: setup ## Run the tests, without the slow ones
 	@bash deploy/test_data.sh
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
 test-all: setup ## Run every test
 	@bash deploy/test_data.sh
-	@$(BIN)/python -m pytest -m ""
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m ""
 
 check: setup ## Check format, lint, types and import contracts
 	@$(BIN)/ruff format --check .

@@ -12,6 +12,7 @@ from uuid import UUID
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.runtime import flow_run
 
+from flows.links import tags_of_flow_run
 from llava_pipeline.spec import RunSpec
 
 log = logging.getLogger("llava_pipeline.flow")
@@ -46,7 +47,7 @@ def live_in_mlflow() -> Any:
         return None
     spec = RunSpec.model_validate(parameters["spec"])
     began = flow_run.get_scheduled_start_time().timestamp()
-    return Live(spec, load_settings(), {"prefect.flow_run_id": str(flow_run.get_id() or "")}, began)
+    return Live(spec, load_settings(), tags_of_flow_run(), began)
 
 
 class Progress:

@@ -22,6 +22,7 @@ from prefect.tasks import exponential_backoff
 from pydantic import BaseModel
 
 from flows.following import followers
+from flows.links import show_run, tags_of_flow_run
 from flows.retries import will_pass
 from flows.workers import validate_with_workers
 from llava_pipeline.code_digest import code_digest
@@ -200,7 +201,9 @@ def record_run(spec: RunSpec, evaluation: Evaluation) -> RecordedRun:
     from llava_pipeline.stages import record
 
     began = flow_run.get_scheduled_start_time().timestamp()
-    return record.record_run(spec, evaluation, {"prefect.flow_run_id": str(flow_run.get_id() or "")}, began)
+    run = record.record_run(spec, evaluation, tags_of_flow_run(), began)
+    show_run(run)
+    return run
 
 
 @stage("llava_pipeline.stages.weigh", minutes=240, retries=5, reuse=False)

@@ -17,6 +17,7 @@ from llava_pipeline.evaluation import summary
 from llava_pipeline.evaluation.ask import ask
 from llava_pipeline.evaluation.lines import Line
 from llava_pipeline.evaluation.pictures import Shown, save_grid, save_grounding, save_loss_curve
+from llava_pipeline.evaluation.samples import save_golden, save_samples
 from llava_pipeline.evaluation.score import BlindGuesser, by_kind, exact_match, mean
 from llava_pipeline.model import projector
 from llava_pipeline.spec import EvaluationSpec
@@ -42,6 +43,8 @@ def evaluate_generations(trained: TrainedProjector, held_out: Snapshot, spec: Ev
         together = [_together(line, other) for line, other in zip(lines, untrained, strict=True)]
         (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in together), encoding="utf-8")
         save_pictures(folder, exam.rows, together, trained, spec)
+        save_samples(folder / "samples", exam.rows, together)
+        save_golden(folder / "golden", exam.rows, together, exam.llava.processor)
         asked = ask_own_picture(exam, trained, spec, folder / "asked.png")
     return Evaluation(
         **examined(held_out, scored), projector=trained, spec=spec, answers=done[0],

@@ -41,6 +41,7 @@ STEP_METRICS = (
     "peak_memory_bytes",
     "cost",
 )
+SAMPLE_COLUMNS = ("kind", "question", "truth", "answer", "answer_shuffled", "correct", "likelihood", "loss", "id")
 MAX_PARAMETER = 6000
 MAX_TAG = 5000
 
@@ -268,7 +269,20 @@ def table(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {key: [_cell(row.get(key)) for row in rows] for key in columns}
 
 
+def samples(rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """The answers whose picture is in a folder, as ``<number of the row>.webp``, with the picture as MLflow's tables
+    show it: by its place among the run's artifacts."""
+    found = []
+    for path in sorted(folder.glob("*.webp")):
+        place = f"evaluation/{folder.name}/{path.name}"
+        picture = {"type": "image", "filepath": place, "compressed_filepath": place}
+        found.append({"picture": picture} | {key: rows[int(path.stem)].get(key) for key in SAMPLE_COLUMNS})
+    return found
+
+
 def _cell(value: Any) -> Any:
+    if isinstance(value, dict) and value.get("type") == "image":
+        return value
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return json.dumps(value) if isinstance(value, dict | list) else value

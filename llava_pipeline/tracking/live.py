@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from typing import Any
 
 from llava_pipeline.spec import RunSpec
 from llava_pipeline.tracking import content
 from llava_pipeline.tracking.client import connect, first_line
+from llava_pipeline.tracking.machine import Machine
 from llava_pipeline.tracking.run import as_metric, begin
 from llava_pipeline.tracking.settings import Settings
 
 _log = logging.getLogger(__name__)
 SECONDS_BETWEEN = 5.0
+SECONDS_BETWEEN_LOOKS = 10.0  # at the machine
 SECONDS_TO_FINISH = 10.0
 MAX_POINTS = 1000  # that MLflow takes at once
 
@@ -59,9 +62,13 @@ class Live:
         self.closed = True
 
     def _work(self) -> None:
-        ended = False
+        machine, looked, ended = Machine(self.started), 0.0, False
         while not ended:
             ended = self.ending.wait(self.seconds_between)
+            if time.monotonic() - looked >= SECONDS_BETWEEN_LOOKS:
+                looked = time.monotonic()
+                with self.lock:
+                    self.waiting += machine.points(time.time())
             try:
                 self._ship()
                 self.told = False

@@ -17,6 +17,7 @@ from llava_pipeline.contracts import Evaluation
 from llava_pipeline.errors import DamagedArtifact, NoSuchRun, TrackingError
 from llava_pipeline.spec import Frozen, RunSpec, Sha256
 from llava_pipeline.tracking import content
+from llava_pipeline.tracking.card import headline
 from llava_pipeline.tracking.client import connect, find_experiment, first_line, refusals
 from llava_pipeline.tracking.settings import Settings
 
@@ -56,8 +57,7 @@ def register(client: MlflowClient, spec: RunSpec, evaluation: Evaluation, run_id
                 source=f"{client.get_run(run_id).info.artifact_uri}/model",
                 run_id=run_id,
                 tags=content.tags_of_version(evaluation),
-                description=f"Exact match {evaluation.right_image.exact_match:.3f} on {evaluation.num_questions} "
-                f"questions, {evaluation.shuffled_image.exact_match:.3f} with shuffled pictures.",
+                description=f"{headline(evaluation)}\n\nThe whole card: `model/README.md` of the run.",
             )
         )
         client.set_registered_model_alias(name, settings.registry.challenger, version.version)

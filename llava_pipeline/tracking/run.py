@@ -21,6 +21,7 @@ from llava_pipeline import store
 from llava_pipeline.contracts import Evaluation, RecordedRun, Snapshot, ValidatedData
 from llava_pipeline.spec import EasyVqaSource, HubSource, RunSpec, ScenesSource
 from llava_pipeline.tracking import content
+from llava_pipeline.tracking.card import card, headline, save_card
 from llava_pipeline.tracking.client import (
     connect,
     ensure_experiment,
@@ -172,11 +173,12 @@ def _describe(client: MlflowClient, run_id: str, spec: RunSpec, evaluation: Eval
     """Parameters, metrics, tags and data sets; the client sends them in parts that a server takes."""
     from mlflow.entities import Param, RunTag
 
+    tags = content.tags_of_evaluation(evaluation) | {"mlflow.note.content": headline(evaluation)}
     client.log_batch(
         run_id,
         metrics=list(_metrics(evaluation, began)),
         params=[Param(*item) for item in content.parameters(spec, evaluation).items()],
-        tags=[RunTag(*item) for item in content.tags_of_evaluation(evaluation).items()],
+        tags=[RunTag(*item) for item in tags.items()],
     )
     train, held_out = evaluation.projector.data, evaluation.held_out
     client.log_inputs(run_id, datasets=[_dataset_input(train, "training"), _dataset_input(held_out, "evaluation")])
@@ -241,12 +243,14 @@ def _log_files(client: MlflowClient, run_id: str, spec: RunSpec, evaluation: Eva
     client.log_artifact(run_id, str(content.history(evaluation)), "training")
     client.log_artifacts(run_id, str(answers), "evaluation")
     client.log_text(run_id, evaluation.model_dump_json(), "evaluation/evaluation.json")
-    _log_table(client, run_id, content.table(content.read_rows(answers / "answers.jsonl")), "evaluation/answers.json")
+    rows = content.read_rows(answers / "answers.jsonl")
+    _log_table(client, run_id, content.table(rows), "evaluation/answers.json")
+    _log_table(client, run_id, content.table(content.samples(rows, answers / "samples")), "evaluation/samples.json")
     if evaluation.asked:
         client.log_dict(run_id, {asked.question: asked.answer for asked in evaluation.asked}, "evaluation/asked.json")
     projector = store.open_artifact(evaluation.projector.projector)
     client.log_artifacts(run_id, str(projector), "projector")
-    _log_model(client, run_id, spec, projector, answers / "example.png")
+    _log_model(client, run_id, spec, evaluation, projector, answers)
     _log_data(client, run_id, ValidatedData(train=evaluation.projector.data, held_out=evaluation.held_out))
 
 
@@ -257,12 +261,16 @@ def _log_table(client: MlflowClient, run_id: str, table: dict[str, list[Any]], n
         client.log_table(run_id, table, name)
 
 
-def _log_model(client: MlflowClient, run_id: str, spec: RunSpec, projector: Path, picture: Path) -> None:
-    """What MLflow loads and serves; the registered version points there."""
+def _log_model(
+    client: MlflowClient, run_id: str, spec: RunSpec, evaluation: Evaluation, projector: Path, answers: Path
+) -> None:
+    """What MLflow loads and serves, with its card; the registered version points there."""
     with tempfile.TemporaryDirectory() as folder:
         as_file = Path(folder) / "spec.yaml"
         as_file.write_text(_as_yaml(spec), encoding="utf-8")
-        save_model(Path(folder) / "model", projector, as_file, picture)
+        save_model(Path(folder) / "model", projector, as_file, answers / "example.png")
+        versions = {name.removeprefix("llava.version."): v for name, v in content.library_versions().items()}
+        save_card(Path(folder) / "model", answers, card(spec, evaluation, run_id, versions))
         client.log_artifacts(run_id, str(Path(folder) / "model"), "model")
 
 

@@ -192,6 +192,13 @@ def ui_command(settings: Settings) -> list[str]:
     return ["mlflow", "ui", "--backend-store-uri", uri, "--host", host, "--port", port, "--workers", "1"]
 
 
+def run_address(settings: Settings, experiment_id: str, run_id: str) -> str:
+    """Where a run's page is: on the server, or where ``ui_command`` serves it."""
+    uri = tracking_uri(settings)
+    pages = uri.rstrip("/") if is_server(uri) else f"http://{settings.ui.host}:{settings.ui.port}"
+    return f"{pages}/#/experiments/{experiment_id}/runs/{run_id}"
+
+
 def server_environment(settings: Settings) -> dict[str, str]:
     """Environment variables for ``server_command`` and ``ui_command``."""
     return {

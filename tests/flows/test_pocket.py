@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from PIL import Image
 
 from flows.train import train
 from llava_pipeline.contracts import Verdict
@@ -59,6 +60,26 @@ def test_the_same_projector_again_stays_a_challenger(promoted: Verdict) -> None:
     assert (again.decision, again.version, again.champion) == ("challenger", "2", "1")
     assert [r.name for r in again.rules if not r.passed] == ["not_the_champion_again", "better_than_champion"]
     assert registry.aliases(again.registered_model, Settings()) == {"champion": "1", "challenger": "2"}
+
+
+def test_samples_have_thumbnails_and_golden_questions_are_answered_again(promoted: Verdict, tmp_path: Path) -> None:
+    folder = Path(connect(Settings()).download_artifacts(promoted.run_id, "evaluation", str(tmp_path)))
+    table = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert 24 < len(rows) <= 36
+    for row in rows:
+        with Image.open(tmp_path / row["picture"]["filepath"]) as thumbnail:
+            assert thumbnail.format == "WEBP"
+            assert max(thumbnail.size) <= 256
+    losses = [json.loads(line)["loss"] for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert max(row["loss"] for row in rows) == max(losses)
+    golden = json.loads((folder / "golden" / "questions.json").read_text(encoding="utf-8"))
+    assert len({one["answer"] for one in golden}) == 3
+    for one in golden:
+        told = answer_about(
+            folder / "golden" / one["picture"], one["question"], "champion", promoted.registered_model, 8, Settings()
+        )
+        assert told["answer"] == one["answer"]
 
 
 def test_mlflow_loads_the_champion_in_a_fresh_process_and_it_answers(promoted: Verdict, tmp_path: Path) -> None:

@@ -70,6 +70,17 @@ def test_every_stage_shows_in_prefect_under_its_name(first: Verdict) -> None:
     assert sorted(task_states(first.run_id)) == sorted(STAGES)
 
 
+def test_the_flow_run_links_to_its_mlflow_run_and_back(first: Verdict) -> None:
+    run = connect(Settings()).get_run(first.run_id)
+    with get_client(sync_client=True) as client:
+        flow_run_id = FlowRunFilterId(any_=[run.data.tags["prefect.flow_run_id"]])
+        found = client.read_artifacts(flow_run_filter=FlowRunFilter(id=flow_run_id))
+    links = [artifact.data for artifact in found if artifact.key == "mlflow-run"]
+    assert len(links) == 1
+    assert f"/#/experiments/{run.info.experiment_id}/runs/{first.run_id}" in str(links[0])
+    assert run.data.tags["prefect.flow_run_url"].endswith(run.data.tags["prefect.flow_run_id"])
+
+
 def test_a_second_run_reuses_what_did_not_change_and_says_so(
     first: Verdict, spec: RunSpec, caplog: pytest.LogCaptureFixture
 ) -> None:

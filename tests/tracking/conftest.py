@@ -264,6 +264,13 @@ def _answers() -> ArtifactRef:
         (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         for name in ("grid.png", "example.png", "loss.png", "grounding.png", "asked.png"):
             Image.new("RGB", (8, 8)).save(folder / name)
+        for kind in ("samples", "golden"):
+            (folder / kind).mkdir()
+        for number in range(2):
+            Image.new("RGB", (8, 8)).save(folder / "samples" / f"{number:06}.webp")
+        Image.new("RGB", (8, 8)).save(folder / "golden" / "0.png")
+        golden = [{"picture": "0.png", "question": "Which color?", "answer": "red"}]
+        (folder / "golden" / "questions.json").write_text(json.dumps(golden), encoding="utf-8")
     return done[0]
 
 

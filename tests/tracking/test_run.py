@@ -23,6 +23,7 @@ from llava_pipeline.spec import RunSpec
 from llava_pipeline.tracking import content, promotion, registry, verdict
 from llava_pipeline.tracking.client import check_reachable, connect, ensure_experiment
 from llava_pipeline.tracking.gate import decide
+from llava_pipeline.tracking.live import Live
 from llava_pipeline.tracking.run import record, record_failure
 from llava_pipeline.tracking.settings import Settings, TrackingSettings
 from tests.tracking.conftest import NUM_STEPS, MakeEvaluation
@@ -65,7 +66,12 @@ def closed_port() -> int:
 def test_every_name_is_documented_and_every_documented_name_is_logged(
     spec: RunSpec, make_evaluation: MakeEvaluation, settings: Settings
 ) -> None:
-    recorded = record(spec, make_evaluation(), settings, {})
+    one = {"prefect.flow_run_id": "one"}
+    watched = Live(spec, settings, one, 1_795_509_060.0, seconds_between=0.05)
+    while watched.run_id is None or watched.waiting:
+        watched.ending.wait(0.05)
+    watched.close()
+    recorded = record(spec, make_evaluation(), settings, one)
     own = recorded.evaluation.projector.projector.digest
     evidence = Evidence(inspection=Inspection(problem=None, projector_digest=own), champion=None)
     rules = decide(recorded.evaluation, evidence, None, settings.gate)
@@ -80,7 +86,7 @@ def test_every_name_is_documented_and_every_documented_name_is_logged(
     assert compare(set(run.data.params), documented("Parameters")) == (set(), set())
     metrics = documented("Metrics of every optimizer step") | documented("Metrics of the run")
     assert compare(set(run.data.metrics), metrics) == (set(), set())
-    only_in_a_checkout = {"mlflow.source.git.commit"}
+    only_in_a_checkout = {"mlflow.source.git.commit", "prefect.flow_run_id"}
     tags_of_a_run = documented("Tags of a run") - only_in_a_checkout
     assert compare(tags - only_in_a_checkout, tags_of_a_run) == (set(), set())
     assert compare(set(version.tags), documented("Tags of a version")) == (set(), set())
@@ -132,6 +138,9 @@ def test_files_come_back(spec: RunSpec, make_evaluation: MakeEvaluation, setting
     table = json.loads((folder / "evaluation" / "answers.json").read_text(encoding="utf-8"))
     assert table["columns"][:5] == ["id", "kind", "question", "truth", "answer"]
     assert [row[table["columns"].index("loss")] for row in table["data"]] == [0.1, None]
+    shown = json.loads((folder / "evaluation" / "samples.json").read_text(encoding="utf-8"))
+    pictures = [row[shown["columns"].index("picture")] for row in shown["data"]]
+    assert [(folder / picture["filepath"]).is_file() for picture in pictures] == [True, True]
     assert (folder / "evaluation" / "grid.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "projector" / "projector.safetensors").read_bytes() == b"weights"
 
@@ -170,8 +179,9 @@ def test_an_answer_that_was_lost_costs_a_retry_and_nothing_is_there_twice(
     (version,) = client.search_model_versions(f"name = '{recorded.registered_model}'")
     assert str(version.version) == recorded.version == run.data.tags["llava.registered_version"]
     assert len(run.inputs.dataset_inputs) == 2
-    table = client.download_artifacts(recorded.run_id, "evaluation/answers.json")
-    assert len(json.loads(Path(table).read_text(encoding="utf-8"))["data"]) == 2
+    for name in ("answers", "samples"):
+        table = client.download_artifacts(recorded.run_id, f"evaluation/{name}.json")
+        assert len(json.loads(Path(table).read_text(encoding="utf-8"))["data"]) == 2
     assert len(client.get_metric_history(recorded.run_id, "train/loss")) == NUM_STEPS
     assert len(client.get_metric_history(recorded.run_id, "eval/exact_match")) == 1
 
