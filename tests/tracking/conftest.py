@@ -84,6 +84,11 @@ def settings(home: Path, migrated_database: Path) -> Settings:
 @pytest.fixture
 def spec() -> RunSpec:
     """A small spec."""
+    return tiny_spec()
+
+
+def tiny_spec() -> RunSpec:
+    """As nothing is run with it, its parts need not fit."""
     backbone = RandomBackbone(like="pocket/vision_tower", overrides={"hidden_size": 32})
     return RunSpec(
         profile="tiny",

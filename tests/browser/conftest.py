@@ -1,0 +1,200 @@
+"""A real browser, and MLflow's own pages over recorded runs.
+
+``LLAVA_PIPELINE_SCREENSHOTS`` names a folder where the pages are kept as pictures. ``LLAVA_PIPELINE_BROWSED_HOME``
+names a home whose pages are looked at instead of small ones made here: two versions, the first one champion. Both
+together make those of docs/.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+import requests
+from PIL import Image
+from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.wait import WebDriverWait
+
+from llava_pipeline.contracts import Evidence, Inspection
+from llava_pipeline.tracking import promotion, verdict
+from llava_pipeline.tracking.client import connect
+from llava_pipeline.tracking.gate import decide
+from llava_pipeline.tracking.run import record
+from llava_pipeline.tracking.settings import (
+    FILE_VARIABLE,
+    URI_VARIABLE,
+    ServerSettings,
+    Settings,
+    TrackingSettings,
+    server_command,
+    server_environment,
+)
+from tests.tracking.conftest import build_evaluation, migrated_database, tiny_spec
+
+__all__ = ["migrated_database"]
+T = TypeVar("T")
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+PATIENCE = 30  # seconds, for a page to show what it should
+HOME, SHOTS = "LLAVA_PIPELINE_BROWSED_HOME", "LLAVA_PIPELINE_SCREENSHOTS"
+MAX_SHOT_BYTES = 200_000
+Keep = Callable[[str], None]
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    """Headless Chromium that reaches this machine only."""
+    if CHROMIUM is None or DRIVER is None:
+        say = pytest.fail if os.environ.get("CI") else pytest.skip
+        say("no Chromium here; apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in (
+        "--headless=new", "--window-size=1900,1000", "--force-device-scale-factor=1", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
+        f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+        *(["--no-sandbox"] if os.geteuid() == 0 else []),
+    ):  # fmt: skip
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@dataclass(frozen=True)
+class Window:
+    """A browser on one site."""
+
+    driver: webdriver.Chrome
+    site: str
+
+    def open(self, path: str) -> None:
+        """Go to a page, anew."""
+        self.driver.get("about:blank")
+        self.driver.get(self.site + path)
+
+    def first(self, selector: str, text: str = "") -> WebElement:
+        """The first visible element of a CSS selector whose text holds ``text``, as soon as there is one."""
+        return self.until(
+            lambda: next(
+                (
+                    e
+                    for e in self.driver.find_elements(By.CSS_SELECTOR, selector)
+                    if e.is_displayed() and text in e.text
+                ),
+                None,
+            ),
+            f"{selector!r} with {text!r}",
+        )
+
+    def until(self, look: Callable[[], T | None], what: str) -> T:
+        """What a look gives as soon as it gives anything; pages that are still being drawn are looked at again."""
+        wait = WebDriverWait(self.driver, PATIENCE, 0.1, ignored_exceptions=[StaleElementReferenceException])
+        found = wait.until(lambda _: look(), f"nothing like {what} at {self.driver.current_url}")
+        assert found
+        return found
+
+
+@dataclass(frozen=True)
+class Pages:
+    """MLflow's pages, and whose they are."""
+
+    settings: Settings
+    window: Window
+    model: str
+
+
+@pytest.fixture(scope="session")
+def pages(
+    browser: webdriver.Chrome, migrated_database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pages]:
+    """A running MLflow server with two versions: the first one champion, the second one challenger."""
+    home = Path(os.environ.get(HOME) or tmp_path_factory.mktemp("browsed"))
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in (URI_VARIABLE, FILE_VARIABLE, "MLFLOW_REGISTRY_URI"):
+            patch.delenv(variable, raising=False)
+        patch.setenv("LLAVA_PIPELINE_HOME", str(home))
+        if HOME not in os.environ:
+            shutil.copy(migrated_database, home / "mlflow.db")
+        with served() as settings:
+            if HOME not in os.environ:
+                record_two(settings)
+            (model,) = connect(settings).search_registered_models()
+            yield Pages(settings, Window(browser, settings.tracking.uri or ""), model.name)
+
+
+@contextmanager
+def served() -> Iterator[Settings]:
+    """Settings of a client of a server that the pipeline's own command starts."""
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        port = opened.getsockname()[1]
+    server = Settings(server=ServerSettings(port=port))
+    executable, *arguments = server_command(server)
+    process = subprocess.Popen(
+        [str(Path(sys.executable).with_name(executable)), *arguments],
+        env=os.environ | server_environment(server),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 120
+        while not _answers(f"{uri}/health"):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        yield Settings(tracking=TrackingSettings(uri=uri))
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=30)
+
+
+def _answers(address: str) -> bool:
+    try:
+        return requests.get(address, timeout=5).ok
+    except requests.ConnectionError:
+        return False
+
+
+def record_two(settings: Settings) -> None:
+    """Two recorded runs; the first one passes the gate and is promoted."""
+    small = tiny_spec()
+    first = record(small, build_evaluation(), settings, {})
+    own = first.evaluation.projector.projector.digest
+    evidence = Evidence(inspection=Inspection(problem=None, projector_digest=own), champion=None)
+    verdict.write(first, evidence, decide(first.evaluation, evidence, None, settings.gate), settings)
+    promotion.promote(first.registered_model, first.version, None, settings, who="a test", why="the first one")
+    record(small, build_evaluation(weights=b"others", right=0.95), settings, {})
+
+
+@pytest.fixture
+def keep(browser: webdriver.Chrome, tmp_path: Path) -> Keep:
+    """Keeps what the browser shows as a picture of at most 200 kB."""
+    folder = Path(os.environ.get(SHOTS) or tmp_path)
+
+    def shoot(name: str) -> None:
+        path = folder / f"{name}.png"
+        browser.save_screenshot(str(path))
+        with Image.open(path) as shot:
+            shot.convert("RGB").save(path, optimize=True)
+        assert path.stat().st_size < MAX_SHOT_BYTES
+
+    return shoot
