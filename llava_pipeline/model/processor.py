@@ -240,4 +240,8 @@ class Processor:
 
     def decode(self, ids: list[int]) -> str:
         """Text of generated ids, special tokens left out."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return self.words(ids).strip()
+
+    def words(self, ids: list[int]) -> str:
+        """The same with the spaces at its ends: text that more may follow."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))

@@ -33,6 +33,9 @@ Ended = Literal["stop", "length"]
 Failure = Literal["late", "closed", "failed"]
 
 
+_Key = tuple[str, tuple[int, ...], tuple[str, ...]]  # of a projector, of words and image tokens, of pictures
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Text that can be shown, after so many tokens; ``ended`` says why it is the last piece."""
@@ -114,7 +117,7 @@ class Engine:
         self.image_token_id = llava.processor.image_token_id
         self.stop_ids = stop_ids(llava)
         self.features: Kept[str, Tensor] = Kept(cache_bytes // 4, lambda value: value.nbytes)
-        self.prefixes: Kept[object, Prefix] = Kept(cache_bytes, lambda value: value.num_bytes)
+        self.prefixes: Kept[_Key, Prefix] = Kept(cache_bytes, lambda value: value.num_bytes)
         self.waiting: deque[Ask] = deque()
         self.answers: list[_Answer] = []
         self.rows: Rows | None = None
@@ -233,7 +236,7 @@ class Engine:
             for ask, prefix in zip(asks, begun, strict=True)
         ]
         found = {key: self.prefixes.get(key) if key[1] else Prefix([]) for key in keys}
-        missing: dict[tuple[int, ...], dict[object, Ask]] = defaultdict(dict)
+        missing: dict[tuple[int, ...], dict[_Key, Ask]] = defaultdict(dict)
         for key, ask in zip(keys, asks, strict=True):
             if found[key] is None:
                 missing[key[1]].setdefault(key, ask)
@@ -241,7 +244,7 @@ class Engine:
         for prefix, some in missing.items():
             projected = torch.stack([self._projected(ask) for ask in some.values()])
             for key, read in zip(some, read_prefixes(self.llava.model, prefix, projected), strict=True):
-                found[key] = read  # type: ignore[index]
+                found[key] = read
                 self.prefixes.put(key, read)
         return [found[key] or Prefix([]) for key in keys]
 

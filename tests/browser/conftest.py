@@ -170,7 +170,7 @@ def served() -> Iterator[Settings]:
 def _answers(address: str) -> bool:
     try:
         return requests.get(address, timeout=5).ok
-    except requests.ConnectionError:
+    except requests.RequestException:
         return False
 
 

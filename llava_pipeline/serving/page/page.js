@@ -1,93 +1,96 @@
-// The chat page: one picture, questions about it, answers as they come. What the model or the server says goes into the
+// The chat page: one picture, questions about it, answers as they come. What a model or the server says goes into the
 // page as text nodes only, never as HTML. Nothing here speaks to another host.
 
-const POLL = 15_000, MAX_TOKENS = 64
-const MAX_SIDE = 1568, MAX_SENT = 4e6, MAX_FILE = 50e6, MAX_PIXELS = 120e6
-const SENT_AS_IS = ["image/png", "image/jpeg", "image/webp"] // the rest is drawn anew: servers read few formats
-const UNREADABLE = { heic: "HEIC", heif: "HEIC", svg: "SVG" }
+const POLL = 15_000, MAX_TOKENS = 64, LONGEST_WAIT = 120
+const MAX_FILE = 50e6, MAX_PIXELS = 120e6, MAX_SIDE = 1568, MAX_SENT = 4e6
+// The server reads these as training did, so they travel unchanged where they are small enough.
+const SENT_AS_IS = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp"]
 const LEADS = {
     408: "The server waited too long.", 413: "That is too large for the server.", 415: "The server cannot read that.",
     429: "The server is busy.", 503: "The server is not ready.",
 }
-const $ = (id) => document.getElementById(id)
 
 let models = [] // those served under an alias, the default first
-let picture = null // {url: a data: URL as it is sent}
-let turns = [] // of this conversation: {question, answers: {alias: text}}
+let picture = null // a data: URL, as it is sent
+let turns = [] // of this conversation: {question, picture, answers: {alias: text}, conversation: turns}
 let running = null // AbortController of the answers being written
-let arrivals = 0 // counts pictures, so that a slow one does not replace a later one
-let refusedKey = false // the person closed the key form: polls stay quiet until the next question
+
+const $ = (id) => document.getElementById(id)
+const el = (tag, properties = {}, ...children) => {
+    const element = Object.assign(document.createElement(tag), properties)
+    element.append(...children) // strings become text nodes
+    return element
+}
+const stamp = (id) => $(id).content.firstElementChild.cloneNode(true)
+const titled = (alias) => alias.replace(/^./, (letter) => letter.toUpperCase())
+const chosen = () => document.querySelector("#who input:checked")?.value
+const say = (sentence) => ($("status").textContent = sentence) // to screen readers
 
 // ---- the server ----
 
 class Refusal extends Error {
-    constructor(message, { status = 0, wait = 0, again = false } = {}) {
+    constructor(message, again = false, wait = 0) {
         super(message)
-        Object.assign(this, { status, wait, again })
+        Object.assign(this, { again, wait })
     }
 }
 
 let asking = null // one form for all requests that wait for a key
+let keyless = false // the person closed the form: polls do not open it again, the next question does
 function askForKey(wrong) {
-    asking ??= new Promise((resolve) => {
-        const before = document.activeElement
-        $("key-why").textContent = wrong ? "That key was not accepted." : "It stays in this tab, and is forgotten when you close it."
-        $("key-input").value = ""
-        $("key").returnValue = ""
-        $("key").onclose = () => {
+    const [dialog, input, before] = [$("key"), $("key-input"), document.activeElement]
+    return (asking ??= new Promise((resolve) => {
+        $("key-wrong").hidden = !wrong
+        input.value = dialog.returnValue = ""
+        dialog.onclose = () => {
+            const key = dialog.returnValue
+            input.value = ""
             asking = null
-            const key = $("key").returnValue
-            $("key-input").value = ""
-            refusedKey = !key
-            if (key) sessionStorage.setItem("key", key)
-            before?.focus?.()
+            keyless = !key
+            if (key) sessionStorage.setItem("api-key", key)
+            if (key) setTimeout(poll)
+            before?.focus()
             resolve(key)
         }
-        $("key").showModal()
-    })
-    return asking
+        dialog.showModal()
+    }))
 }
 
 async function request(path, options = {}, quiet = false) {
     for (;;) {
-        const key = sessionStorage.getItem("key")
+        const key = sessionStorage.getItem("api-key")
         const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) }
-        let response
-        try {
-            response = await fetch(path, { ...options, headers })
-        } catch (error) {
-            if (error.name === "AbortError") throw error
-            throw new Refusal("The server cannot be reached.", { again: true })
-        }
+        const response = await fetch(path, { ...options, headers }).catch((error) => {
+            throw error.name === "AbortError" ? error : new Refusal("The server cannot be reached.", true)
+        })
         if (response.ok) return response
-        if (response.status === 401) {
-            // Another request may have brought the key meanwhile: then simply try again.
-            if (key !== sessionStorage.getItem("key")) continue
-            if (!(quiet && refusedKey) && (await askForKey(Boolean(key)))) continue
-            throw new Refusal("The server asks for an API key.", { status: 401, again: true })
-        }
-        throw await refusal(response)
+        if (response.status !== 401) throw await refusal(response)
+        if (key !== sessionStorage.getItem("api-key")) continue // another request brought one meanwhile
+        if ((quiet && keyless) || !(await askForKey(Boolean(key)))) throw new Refusal("The server asks for a key.", true)
     }
 }
 
 async function refusal(response) {
-    const { status } = response
-    const message = (await response.json().catch(() => null))?.error?.message ?? (LEADS[status] ? "" : `The server answered ${status}.`)
-    const wait = Math.min(Number(response.headers.get("Retry-After")) || 0, 120)
-    const again = [408, 429].includes(status) || status >= 500
-    return new Refusal([LEADS[status], message].filter(Boolean).join(" "), { status, wait, again })
+    const { status, headers } = response
+    const said = (await response.json().catch(() => null))?.error?.message
+    const sentence = [LEADS[status], said].filter(Boolean).join(" ") || `The server answered ${status}.`
+    const wait = Math.min(Number(headers.get("Retry-After")) || 0, LONGEST_WAIT)
+    return new Refusal(sentence, status === 408 || status === 429 || status >= 500, wait)
 }
 
 // The data of each server-sent event; comments (": ping") have none.
 async function* events(response) {
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader()
-    let rest = ""
-    for (;;) {
-        const { done, value } = await reader.read()
-        if (done) return
-        const lines = (rest + value).split(/\r\n|\n/)
-        rest = lines.pop()
-        for (const line of lines) if (line.startsWith("data:")) yield line.slice(5).trim()
+    try {
+        for (let rest = ""; ;) {
+            const { done, value } = await reader.read()
+            if (done) return
+            const lines = (rest + value).split("\n")
+            rest = lines.pop()
+            for (const line of lines) if (line.startsWith("data:")) yield line.slice(5).trim()
+        }
+    } finally {
+        reader.cancel().catch(() => {})
     }
 }
 
@@ -95,55 +98,45 @@ async function* events(response) {
 function messagesFor(alias, turn) {
     const messages = []
     for (const past of turn.conversation.slice(0, turn.conversation.indexOf(turn))) {
-        const answer = past.answers[alias] || Object.values(past.answers)[0]
+        const answer = past.answers[alias] || Object.values(past.answers).find(Boolean)
         if (answer) messages.push({ role: "user", content: past.question }, { role: "assistant", content: answer })
     }
     messages.push({ role: "user", content: turn.question })
-    messages[0].content = [
-        { type: "image_url", image_url: { url: turn.picture.url } },
-        { type: "text", text: messages[0].content },
-    ]
+    const [first] = messages
+    first.content = [{ type: "image_url", image_url: { url: turn.picture } }, { type: "text", text: first.content }]
     return messages
 }
 
 // ---- asking ----
 
-async function ask(question, truth = null) {
-    if (running || !question) return
-    if (!picture) {
-        refuse("Choose a picture first: every question is about one.")
-        return $("file").focus()
-    }
-    refusedKey = false
+function ask(question, truth) {
     const turn = { question, picture, answers: {}, conversation: turns }
-    turns.push(turn)
     const item = stamp("turn")
+    const both = chosen() === "both" ? models.slice(0, 2) : [models.find((m) => m.alias === chosen()) ?? models[0]]
+    const panels = both.map((model) => answerPanel(model?.alias ?? "champion"))
+    turns.push(turn)
     item.querySelector(".question").textContent = question
-    const chosen = document.querySelector("#who input:checked")?.value
-    const aliases = chosen === "both" ? models.slice(0, 2) : [models.find((m) => m.alias === chosen) ?? models[0]]
-    const panels = aliases.map((model) => answerPanel(model?.alias ?? "champion"))
     item.querySelector(".answers").append(...panels)
+    if (truth) item.append(el("p", { className: "truth" }, `The true answer: ${truth}`))
     $("turns").append(item)
     $("welcome").hidden = true
     $("anew").hidden = false
-    item.scrollIntoView({ block: "nearest" })
-    await answerAll(turn, panels)
-    if (truth) {
-        item.querySelector(".truth").textContent = `The true answer: ${truth}`
-        item.querySelector(".truth").hidden = false
-    }
+    return answerAll(turn, panels)
 }
 
 async function answerAll(turn, panels) {
     const mine = (running = new AbortController())
+    const shown = () => panels.at(-1).closest("li")?.scrollIntoView({ block: "nearest" })
+    keyless = false
     busy(true)
     say("Answering")
+    shown()
     await Promise.all(panels.map((panel) => answer(turn, panel, mine.signal)))
     if (running !== mine) return // a new conversation has begun meanwhile
     running = null
     busy(false)
-    say(panels.map((p) => `${p.querySelector(".alias").textContent}: ${p.querySelector(".problem").textContent || p.querySelector(".text").textContent}`).join(". "))
-    panels[0].closest("li")?.scrollIntoView({ block: "nearest" })
+    shown()
+    say(panels.map((panel) => panel.querySelector(".said").innerText).join(". "))
 }
 
 function answerPanel(alias) {
@@ -157,76 +150,68 @@ function answerPanel(alias) {
 async function answer(turn, panel, signal) {
     const find = (name) => panel.querySelector(name)
     const { alias } = panel.dataset
-    const text = new Text()
-    const started = performance.now()
-    const meta = { version: "", first: "", tokens: "", end: "" }
+    const [text, started, meta] = [new Text(), performance.now(), { model: "", first: "", tokens: "", end: "" }]
     const tell = () => (find(".meta").textContent = Object.values(meta).filter(Boolean).join(" · "))
     find(".text").replaceChildren(text)
     find(".text").ariaBusy = "true"
-    find(".problem").hidden = find(".again").hidden = find(".copy").hidden = true
     find(".problem").textContent = ""
-    tell()
+    find(".problem").hidden = find(".again").hidden = find(".copy").hidden = true
+    turn.answers[alias] = ""
     try {
         const response = await request("/v1/chat/completions", {
             method: "POST",
             headers: { "Content-Type": "application/json" },
             body: JSON.stringify({
-                model: alias, stream: true, stream_options: { include_usage: true }, max_tokens: MAX_TOKENS,
-                messages: messagesFor(alias, turn),
+                model: alias, messages: messagesFor(alias, turn), max_tokens: MAX_TOKENS,
+                stream: true, stream_options: { include_usage: true },
             }),
             signal,
         })
-        let ended = false
+        let done = false
         for await (const data of events(response)) {
-            if (data === "[DONE]") { ended = true; break }
+            if ((done = data === "[DONE]")) break
             const chunk = JSON.parse(data)
-            if (chunk.error) throw new Refusal(`The answer broke off. ${chunk.error.message ?? ""}`, { again: true })
-            if (chunk.model) named(panel, meta, chunk.model)
-            if (chunk.usage) meta.tokens = `${chunk.usage.completion_tokens} tokens`
+            if (chunk.error) throw new Refusal(`The answer broke off. ${chunk.error.message ?? ""}`, true)
             const choice = chunk.choices?.[0]
+            if (chunk.model) meta.model = panel.dataset.model = chunk.model
+            if (chunk.usage) meta.tokens = `${chunk.usage.completion_tokens} tokens`
+            if (choice?.finish_reason === "length") meta.end = `stops at ${MAX_TOKENS} tokens`
             if (choice?.delta?.content) {
-                meta.first ||= `first token after ${((performance.now() - started) / 1000).toFixed(2)} s`
+                meta.first ||= `first token in ${((performance.now() - started) / 1000).toFixed(2)} s`
                 text.appendData(choice.delta.content)
             }
-            if (choice?.finish_reason === "length") meta.end = "cut short here"
+            find(".version").textContent = meta.model.replace(/.*-v(?=\d+$)/, "version ")
             tell()
         }
-        if (!ended) throw new Refusal("The connection ended before the answer did.", { again: true })
+        if (!done) throw new Refusal("The connection ended before the answer did.", true)
         if (!text.data.trim()) meta.end = "it said nothing"
+        turn.answers[alias] = text.data.trim()
     } catch (error) {
-        if (signal.aborted) meta.end = "stopped"
-        else problem(turn, panel, error)
+        if (signal.aborted) [meta.end, turn.answers[alias]] = ["stopped", text.data.trim()]
+        else problem(turn, panel, error instanceof Refusal ? error : new Refusal("The answer broke off.", true))
     }
-    turn.answers[alias] = text.data.trim()
     find(".text").ariaBusy = "false"
-    find(".copy").hidden = !text.data
+    find(".copy").hidden = !turn.answers[alias]
     tell()
 }
 
-function named(panel, meta, name) {
-    meta.version = panel.dataset.model = name
-    const version = name.match(/-v(\d+)$/)?.[1]
-    panel.querySelector(".version").textContent = version ? `version ${version}` : ""
-}
-
-function problem(turn, panel, error) {
+function problem(turn, panel, { message, again, wait }) {
     const [sentence, button] = [panel.querySelector(".problem"), panel.querySelector(".again")]
-    sentence.textContent = error instanceof Refusal ? error.message : "The server's answer could not be read."
+    sentence.textContent = message
     sentence.hidden = false
-    button.hidden = !(error.again ?? true)
+    button.hidden = !again
     button.onclick = () => {
         if (running || button.ariaDisabled === "true") return
-        refusedKey = false
-        $("question").focus()
+        $("send").focus() // this button goes away
         answerAll(turn, [panel])
     }
-    // Asking again before the server is ready for it would only be refused again.
-    const until = performance.now() + (error.wait ?? 0) * 1000
+    // Before the time that the server named it would only refuse again.
+    const until = performance.now() + wait * 1000
     const count = () => {
         const left = Math.ceil((until - performance.now()) / 1000)
         button.ariaDisabled = String(left > 0)
         button.textContent = left > 0 ? `Try again in ${left} s` : "Try again"
-        if (left > 0 && button.isConnected) setTimeout(count, 250)
+        if (left > 0) setTimeout(count, 250)
     }
     count()
 }
@@ -239,61 +224,53 @@ function beginAnew() {
     stop()
     running = null
     busy(false)
-    arrivals++
     turns = []
-    picture = null
     $("turns").replaceChildren()
-    $("picture").hidden = $("anew").hidden = true
-    $("picture").removeAttribute("src")
-    $("invite").hidden = $("welcome").hidden = false
-    $("caption").textContent = ""
-    refuse("")
-    $("file").focus()
+    $("anew").hidden = true
+    $("welcome").hidden = false
+    $(picture ? "question" : "file").focus()
 }
 
 // ---- the picture ----
 
+let arrivals = 0 // a picture that takes long does not replace a later one
 async function take(file) {
     const arrival = ++arrivals
     refuse("")
     $("stage").ariaBusy = "true"
     try {
-        const taken = await prepared(file)
+        const [url, caption] = await prepared(file, file.name || "picture")
         if (arrival !== arrivals) return false
-        show(taken)
+        show(url, caption)
         return true
     } catch (error) {
         if (arrival === arrivals) refuse(error instanceof Refusal ? error.message : `“${file.name}” cannot be read as a picture.`)
         return false
     } finally {
-        $("stage").ariaBusy = "false"
-        $("file").value = "" // so that the same file can be chosen again
+        if (arrival === arrivals) $("stage").ariaBusy = "false"
     }
 }
 
-async function prepared(file) {
-    const name = file.name || "picture"
-    const format = UNREADABLE[file.type.match(/^image\/(heic|heif|svg)/)?.[1] ?? name.toLowerCase().match(/\.(heic|heif|svg)$/)?.[1]]
-    if (format) throw new Refusal(`“${name}” is ${format}, which cannot be read here. Save it as PNG or JPEG.`)
+async function prepared(file, name) {
+    const [unread] = `${file.type} ${name}`.match(/image\/(hei|svg)|\.(hei[cf]|svg)$/i) ?? []
+    const format = /svg/i.test(unread) ? "SVG" : "HEIC"
+    if (unread) throw new Refusal(`“${name}” is ${format}, which is not read here. Save it as PNG or JPEG.`)
     if (file.type && !file.type.startsWith("image/")) throw new Refusal(`“${name}” is not a picture.`)
-    if (file.size > MAX_FILE) throw new Refusal(`“${name}” has ${Math.round(file.size / 1e6)} MB; 50 MB is the most.`)
-    if (!file.size) throw new Refusal(`“${name}” is empty.`)
+    if (file.size > MAX_FILE) throw new Refusal(`“${name}” has ${Math.ceil(file.size / 1e6)} MB; 50 MB is the most.`)
     const [width, height] = await sizeOf(file)
     if (width * height > MAX_PIXELS) throw new Refusal(`“${name}” has ${width} × ${height} pixels, which is too many.`)
     const scale = Math.min(1, MAX_SIDE / Math.max(width, height))
+    const [w, h] = [width, height].map((side) => Math.max(1, Math.round(side * scale)))
     const fits = scale === 1 && file.size <= MAX_SENT && SENT_AS_IS.includes(file.type)
-    const to = [width, height].map((side) => Math.max(1, Math.round(side * scale)))
-    const blob = fits ? file : await drawn(file, ...to)
-    const note = scale < 1 ? `, scaled to ${to[0]} × ${to[1]}` : fits ? "" : ", saved anew to send less"
-    return { url: await dataUrl(blob), caption: `${name} · ${width} × ${height}${note}` }
+    const note = scale < 1 ? `, sent as ${w} × ${h}` : fits ? "" : ", sent as JPEG"
+    return [await dataUrl(fits ? file : await drawn(file, w, h)), `${name} · ${width} × ${height}${note}`]
 }
 
 // The header tells the size: a small file of a billion pixels is refused before anything decodes it.
 async function sizeOf(file) {
     const image = new Image()
-    image.src = URL.createObjectURL(file)
     try {
-        await new Promise((resolve, reject) => Object.assign(image, { onload: resolve, onerror: reject }))
+        await new Promise((onload, onerror) => Object.assign(image, { onload, onerror, src: URL.createObjectURL(file) }))
         return [image.naturalWidth, image.naturalHeight]
     } finally {
         URL.revokeObjectURL(image.src)
@@ -301,11 +278,11 @@ async function sizeOf(file) {
 }
 
 async function drawn(file, width, height) {
-    // From the file, not from an <img>: browsers then decode beside the page, which goes on answering.
+    // From the file, not from an <img>: the browser then decodes beside the page, which goes on answering.
     const bitmap = await createImageBitmap(file, { resizeWidth: width, resizeHeight: height, resizeQuality: "high" })
-    const canvas = Object.assign(document.createElement("canvas"), { width, height })
+    const canvas = el("canvas", { width, height })
     const context = canvas.getContext("2d")
-    context.fillStyle = "white" // JPEG has no transparency
+    context.fillStyle = "white" // what is transparent is white to the server too
     context.fillRect(0, 0, width, height)
     context.drawImage(bitmap, 0, 0)
     bitmap.close()
@@ -313,27 +290,24 @@ async function drawn(file, width, height) {
 }
 
 function dataUrl(blob) {
-    return new Promise((resolve, reject) => {
-        const reader = Object.assign(new FileReader(), { onload: () => resolve(reader.result), onerror: reject })
+    return new Promise((resolve, onerror) => {
+        const reader = Object.assign(new FileReader(), { onload: () => resolve(reader.result), onerror })
         reader.readAsDataURL(blob)
     })
 }
 
-function show(taken) {
+function show(url, caption) {
     if (turns.length) {
         stop() // what is being said is about the earlier picture
         turns = []
-        const line = Object.assign(document.createElement("li"), { className: "divider", textContent: "Another picture: a new conversation" })
-        $("turns").append(line)
+        $("turns").append(el("li", { className: "divider" }, "Another picture, a new conversation"))
     }
-    picture = { url: taken.url }
-    $("picture").src = taken.url
+    picture = $("picture").src = url
     $("picture").hidden = false
     $("invite").hidden = true
-    $("caption").textContent = taken.caption
-    $("anew").hidden = false
-    say(`Picture ready. ${taken.caption}`)
-    $("question").focus({ preventScroll: true })
+    $("caption").textContent = caption
+    say(`Picture ready: ${caption}`)
+    if (matchMedia("(pointer: fine)").matches) $("question").focus({ preventScroll: true }) // no keyboard over a phone's page
 }
 
 function refuse(sentence) {
@@ -343,167 +317,164 @@ function refuse(sentence) {
 
 // ---- what is served ----
 
+let sampled = false
 async function poll() {
-    if (document.hidden) return
+    if (document.hidden || asking) return
     try {
         const { data } = await (await request("/v1/models", {}, true)).json()
         const served = data.filter((model) => model.alias).sort((a, b) => Boolean(b.default) - Boolean(a.default))
-        serve(served.length ? served : data.slice(0, 1))
-        const ready = await fetch("/readyz").then((response) => response.json())
-        notice("error", ready.last_error && `Still serving version ${ready.version}: the newer one was refused. ${ready.last_error}`)
-        notice("away", "")
+        if (JSON.stringify(served) !== JSON.stringify(models)) serve(served)
+        const { ready, version, last_error: error } = await (await fetch("/readyz")).json()
+        notice("error", error && `Still serving version ${version}: the newer one was refused. ${error}`)
+        notice("away", ready === false && "The server has no version loaded yet.")
+        if (!sampled) loadSamples((sampled = true)).catch(() => {}) // the page does without
     } catch (error) {
-        notice("away", error instanceof Refusal ? error.message : "The server cannot be reached; trying again.")
+        notice("away", error instanceof Refusal ? error.message : "The server cannot be reached.")
     }
 }
 
 function serve(served) {
-    const swapped = served.filter((model) => models.some((m) => m.alias === model.alias && m.version !== model.version))
+    const before = chosen()
+    const swapped = served.filter((now) => models.some((was) => was.alias === now.alias && was.version !== now.version))
     if (swapped.length) {
         notice("swap", swapped.map((model) => `${titled(model.alias)}: now version ${model.version}.`).join(" "))
-        setTimeout(notice, 30_000, "swap", "")
+        setTimeout(notice, 2 * POLL, "swap", "")
     }
-    if (JSON.stringify(served) === JSON.stringify(models)) return
     models = served
-    const before = document.querySelector("#who input:checked")?.value
-    const choices = models.map((model) => [model.alias, titled(model.alias)])
+    const choices = models.map(({ alias }) => [alias, titled(alias)])
     if (models.length > 1) choices.push(["both", "Side by side"])
     const wanted = choices.some(([value]) => value === before) ? before : choices[0]?.[0]
-    const hadFocus = $("who").contains(document.activeElement)
-    $("who").querySelectorAll("label").forEach((label) => label.remove())
-    for (const [value, name] of choices) {
-        const input = Object.assign(document.createElement("input"), { type: "radio", name: "who", value, checked: value === wanted })
-        const label = document.createElement("label")
-        label.append(input, Object.assign(document.createElement("span"), { textContent: name }))
-        $("who").append(label)
-    }
+    const focused = $("who").contains(document.activeElement)
+    $("choices").replaceChildren(...choices.map(([value, name]) =>
+        el("label", {}, el("input", { type: "radio", name: "who", value, checked: value === wanted }), el("span", {}, name))))
     $("who").hidden = choices.length < 2
-    if (hadFocus) document.querySelector("#who input:checked")?.focus()
-    $("about").hidden = !models.length
-    $("about").querySelector("summary").textContent = models.map((m) => `${titled(m.alias)}: version ${m.version}`).join(" · ")
-    $("versions").replaceChildren(...models.map(about))
+    if (focused) document.querySelector("#who input:checked")?.focus()
+    showScores()
 }
 
-const percent = (share) => `${(share * 100).toFixed(1)} %`
+function showScores() {
+    const shown = models.filter(({ alias }) => chosen() === "both" || chosen() === alias).slice(0, 2)
+    const row = (name, cell) => {
+        const cells = shown.map((model) => cell(model, model.scores ?? {}))
+        return cells.some(Boolean) ? [el("tr", {}, el("th", { scope: "row" }, name), ...cells.map((c) => el("td", {}, c || "–")))] : []
+    }
+    const share = (key, kind) => (_, { [key]: value }) => Number.isFinite(value) && bar(value, kind)
+    const link = ({ run_url: href }) => /^https?:/.test(href) && el("a", { href, target: "_blank", rel: "noopener" }, "Open")
+    $("about").hidden = !shown.length
+    $("served").textContent = shown.map(({ alias, version }) => `${titled(alias)} is version ${version}`).join(", ")
+    $("head").replaceChildren(el("td"), ...shown.map(({ alias }) => el("th", { scope: "col" }, titled(alias))))
+    $("scores").replaceChildren(
+        ...row("Right answers", share("exact_match")),
+        ...row("With shuffled pictures", share("exact_match_shuffled", "other")),
+        ...row("Likelihood of the true answer", share("likelihood")),
+        ...row("What seeing adds, in nats", (_, scores) => scores.grounding_gain),
+        ...row("Digest", ({ digest }) => digest?.slice(0, 12)),
+        ...row("Its run in MLflow", link),
+    )
+}
 
-function about(model) {
-    const { scores } = model
-    const line = (tag, className, ...children) => {
-        const element = Object.assign(document.createElement(tag), { className })
-        element.append(...children)
-        return element
-    }
-    const bar = (name, share, className) => {
-        const fill = line("i", className)
-        fill.style.inlineSize = `${Math.max(0, Math.min(1, share)) * 100}%`
-        return [line("dt", "", name), line("dd", "", line("span", "bar", fill), percent(share))]
-    }
-    const list = line("dl", "")
-    if (Number.isFinite(scores?.exact_match)) list.append(...bar("Right, with the picture", scores.exact_match, "full"))
-    if (Number.isFinite(scores?.exact_match_shuffled)) list.append(...bar("Right, with another picture", scores.exact_match_shuffled, ""))
-    if (Number.isFinite(scores?.likelihood)) list.append(...bar("Likelihood of the true answer", scores.likelihood, "full"))
-    if (scores?.grounding_gain) list.append(line("dt", "", "What seeing adds"), line("dd", "", `${scores.grounding_gain} nats`))
-    const section = line("section", "", line("h3", "", `${titled(model.alias)}, version ${model.version}`), line("p", "name", `${model.registered_model ?? model.id} ${(model.digest ?? "").slice(0, 12)}`))
-    section.append(list.children.length ? list : line("p", "name", "No scores were recorded with it."))
-    if (/^https?:\/\//.test(model.run_url ?? "")) {
-        section.append(Object.assign(line("a", "", `Its run in MLflow`), { href: model.run_url, target: "_blank", rel: "noopener noreferrer" }))
-    }
-    return section
+function bar(share, kind = "") {
+    const fill = el("i")
+    fill.style.inlineSize = `${Math.max(0, Math.min(1, share)) * 100}%`
+    const cell = new DocumentFragment()
+    cell.append(`${(share * 100).toFixed(1)} %`, el("span", { className: `bar ${kind}` }, fill))
+    return cell
 }
 
 const notices = {}
 function notice(kind, sentence) {
     notices[kind] = sentence
     const all = Object.values(notices).filter(Boolean).join(" ")
-    if ($("notice").textContent !== all) $("notice").textContent = all // a screen reader hears changes only
+    if ($("notice").textContent !== all) $("notice").textContent = all // screen readers read changes
     $("notice").hidden = !all
 }
 
 async function loadSamples() {
     const { data } = await (await request("/samples", {}, true)).json()
-    for (const sample of data) {
-        // By fetch, because an <img> cannot send the API key.
-        const blob = await (await request(sample.picture, {}, true)).blob()
-        const button = Object.assign(document.createElement("button"), { type: "button", className: "sample" })
-        const image = Object.assign(document.createElement("img"), { src: URL.createObjectURL(blob), alt: "Sample picture" })
-        button.append(image, Object.assign(document.createElement("span"), { textContent: sample.question }))
+    for (const { picture: path, question, truth } of data) {
+        const blob = await (await request(path, {}, true)).blob() // an <img> could not send the API key
+        const image = el("img", { src: URL.createObjectURL(blob), alt: "A sample picture." })
+        const button = el("button", { type: "button", className: "sample" }, image, el("span", {}, question))
         button.onclick = async () => {
-            const file = new File([blob], sample.picture.split("/").at(-1), { type: blob.type })
-            if (await take(file)) await ask(sample.question, sample.truth)
+            if (running || !(await take(new File([blob], path.split("/").at(-1), { type: blob.type })))) return
+            $("send").focus() // the samples go away
+            ask(question, truth)
         }
-        $("samples").append(Object.assign(document.createElement("li"), {})).append(button)
+        $("samples").append(el("li", {}, button))
         $("begin").hidden = false
     }
 }
 
-// ---- small things ----
-
-const titled = (alias) => String(alias ?? "Model").replace(/^./, (letter) => letter.toUpperCase())
-const stamp = (id) => $(id).content.firstElementChild.cloneNode(true)
-const say = (sentence) => ($("status").textContent = sentence)
+// ---- the person ----
 
 function busy(is) {
-    const focused = document.activeElement === $("stop") || document.activeElement === $("send")
+    const focused = [$("send"), $("stop")].includes(document.activeElement)
     $("send").hidden = is
     $("stop").hidden = !is
-    if (focused) $(is ? "stop" : "question").focus()
+    if (focused) $(is ? "stop" : "send").focus()
 }
 
 async function copy(element) {
     try {
         await navigator.clipboard.writeText(element.textContent)
-    } catch {
-        // Without HTTPS, browsers offer no clipboard but at home (localhost); this old way works everywhere.
+    } catch { // no clipboard without HTTPS, except on localhost; the old way works everywhere
         getSelection().selectAllChildren(element)
         document.execCommand("copy")
     }
     say("Copied")
 }
 
-function wire() {
-    $("ask").onsubmit = (event) => {
-        event.preventDefault()
-        const question = $("question").value.trim()
-        if (running || !question) return $("question").focus()
-        if (picture) $("question").value = ""
-        ask(question)
+$("ask").onsubmit = (event) => {
+    event.preventDefault()
+    const question = $("question").value.trim()
+    if (running || !question) return $("question").focus()
+    if (!picture) {
+        refuse("Choose a picture first: every question is about one.")
+        return $("file").focus()
     }
-    $("question").onkeydown = (event) => {
-        if (event.key !== "Enter" || event.shiftKey || event.isComposing) return
-        event.preventDefault()
-        $("ask").requestSubmit()
-    }
-    document.addEventListener("keydown", (event) => event.key === "Escape" && !$("key").open && stop())
-    $("stop").onclick = stop
-    $("anew").onclick = beginAnew
-    $("file").onchange = () => $("file").files[0] && take($("file").files[0])
-    document.addEventListener("paste", (event) => {
-        const file = [...(event.clipboardData?.files ?? [])][0]
-        if (!file || $("key").open) return // text goes where the cursor is
-        event.preventDefault()
-        take(file)
-    })
-    let depth = 0 // dragenter and dragleave come for every element that is passed
-    const highlight = (change) => document.body.classList.toggle("dragging", (depth = Math.max(0, change)) > 0)
-    document.addEventListener("dragenter", () => highlight(depth + 1))
-    document.addEventListener("dragleave", () => highlight(depth - 1))
-    document.addEventListener("dragover", (event) => event.preventDefault())
-    document.addEventListener("drop", (event) => {
-        event.preventDefault() // else the browser leaves the page for the file
-        highlight(0)
-        if (event.dataTransfer.files[0]) take(event.dataTransfer.files[0])
-    })
-    $("key-cancel").onclick = () => $("key").close("")
-    $("key").querySelector("form").onsubmit = (event) => {
-        event.preventDefault()
-        $("key").close($("key-input").value.trim())
-    }
-    addEventListener("pagehide", stop) // else the page is not kept for the way back, and the server goes on for nobody
-    document.addEventListener("visibilitychange", poll)
-    $("about").open = matchMedia("(min-width: 60rem)").matches
+    $("question").value = ""
+    ask(question)
 }
+$("question").onkeydown = (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return
+    event.preventDefault()
+    $("ask").requestSubmit()
+}
+$("file").onchange = () => {
+    const [file] = $("file").files
+    if (file) take(file)
+    $("file").value = "" // so that the same file can be chosen again
+}
+$("key-form").onsubmit = (event) => {
+    event.preventDefault()
+    $("key").close($("key-input").value)
+}
+$("key-cancel").onclick = () => $("key").close("")
+$("stop").onclick = stop
+$("anew").onclick = beginAnew
+$("who").onchange = showScores
+$("about").open = matchMedia("(min-width: 60rem)").matches
 
-wire()
+const holdsFiles = (event) => event.dataTransfer?.types.includes("Files") // dragged text may go where text goes
+let depth = 0 // enter and leave come for every element that is passed
+const drag = (change, event) => holdsFiles(event) && document.body.classList.toggle("dragging", (depth += change) > 0)
+addEventListener("dragenter", (event) => drag(1, event))
+addEventListener("dragleave", (event) => drag(-1, event))
+addEventListener("dragover", (event) => holdsFiles(event) && event.preventDefault())
+addEventListener("drop", (event) => {
+    if (!holdsFiles(event)) return
+    event.preventDefault() // else the browser leaves the page for the file
+    drag(-depth, event)
+    if (event.dataTransfer.files[0]) take(event.dataTransfer.files[0])
+})
+addEventListener("paste", (event) => {
+    const file = event.clipboardData?.files[0]
+    if (!file || $("key").open) return // text goes where the cursor is
+    event.preventDefault()
+    take(file)
+})
+addEventListener("keydown", (event) => event.key === "Escape" && !$("key").open && stop())
+addEventListener("pagehide", stop) // else the server goes on for nobody, and the page is not kept for the way back
+addEventListener("pageshow", poll)
+addEventListener("visibilitychange", poll)
 setInterval(poll, POLL)
-await poll()
-loadSamples().catch(() => {}) // the page does without
