@@ -154,9 +154,6 @@ def _move(
     event = history.write(client, name, action, version, before, was, who, why)
     if was is not None:
         client.set_registered_model_alias(name, names.previous, was)
-    tags = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "over": was or NONE, "by": who[: history.MAX_TEXT]}
-    for key, value in tags.items():
-        client.set_model_version_tag(name, version, f"llava.promoted_{key}", value)
     client.set_registered_model_alias(name, names.champion, version)
     if before.get(names.challenger) == version:
         client.delete_registered_model_alias(name, names.challenger)
@@ -169,8 +166,16 @@ def _move(
         history.end(client, name, event, f"undone: {problem}")
     if problem is not None:
         raise NotPromoted(f"version {version} of {name} did not become champion: {problem}; then try again")
+    _mark(client, name, version, was, who)
     history.end(client, name, event, history.DONE)
     return _moved(client, name, action, was, settings, changed=True)
+
+
+def _mark(client: MlflowClient, name: str, version: str, was: str | None, who: str) -> None:
+    """Note on a version that it became champion: last, for what is taken back never was one."""
+    tags = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "over": was or NONE, "by": who[: history.MAX_TEXT]}
+    for key, value in tags.items():
+        client.set_model_version_tag(name, version, f"llava.promoted_{key}", value)
 
 
 def _put_back(client: MlflowClient, name: str, before: dict[str, str], settings: Settings) -> None:
@@ -252,6 +257,7 @@ def _finish_or_undo(client: MlflowClient, name: str, event: dict[str, Any], sett
         client.set_registered_model_alias(name, names.previous, before[names.champion])
     if registry.aliases_of(client, name).get(names.challenger) == version:
         client.delete_registered_model_alias(name, names.challenger)
+    _mark(client, name, version, before.get(names.champion), str(event["who"]))
     return None
 
 
