@@ -264,9 +264,9 @@ def git_commit(folder: Path) -> str | None:
 
 
 def table(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Rows as columns; what a row does not have is None there."""
-    columns = dict.fromkeys(key for row in rows for key in row)
-    return {key: [_cell(row.get(key)) for row in rows] for key in columns}
+    """Rows as MLflow keeps a table: names of columns, and rows of cells; what a row does not have is None there."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return {"columns": columns, "data": [[_cell(row.get(key)) for key in columns] for row in rows]}
 
 
 def samples(rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:

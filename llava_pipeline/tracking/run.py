@@ -244,8 +244,8 @@ def _log_files(client: MlflowClient, run_id: str, spec: RunSpec, evaluation: Eva
     client.log_artifacts(run_id, str(answers), "evaluation")
     client.log_text(run_id, evaluation.model_dump_json(), "evaluation/evaluation.json")
     rows = content.read_rows(answers / "answers.jsonl")
-    _log_table(client, run_id, content.table(rows), "evaluation/answers.json")
-    _log_table(client, run_id, content.table(content.samples(rows, answers / "samples")), "evaluation/samples.json")
+    samples = content.samples(rows, answers / "samples")
+    _log_tables(client, run_id, {"evaluation/answers.json": rows, "evaluation/samples.json": samples})
     if evaluation.asked:
         client.log_dict(run_id, {asked.question: asked.answer for asked in evaluation.asked}, "evaluation/asked.json")
     projector = store.open_artifact(evaluation.projector.projector)
@@ -254,11 +254,13 @@ def _log_files(client: MlflowClient, run_id: str, spec: RunSpec, evaluation: Eva
     _log_data(client, run_id, ValidatedData(train=evaluation.projector.data, held_out=evaluation.held_out))
 
 
-def _log_table(client: MlflowClient, run_id: str, table: dict[str, list[Any]], name: str) -> None:
-    """A table, once: MLflow would put the rows of another attempt behind those that are there."""
-    folder = name.rpartition("/")[0]
-    if all(item.path != name for item in client.list_artifacts(run_id, folder)):
-        client.log_table(run_id, table, name)
+def _log_tables(client: MlflowClient, run_id: str, tables: dict[str, list[dict[str, Any]]]) -> None:
+    """Rows as tables that MLflow's pages show, each written anew: ``log_table`` would put those of another attempt
+    behind the ones that are there, with pictures under other names."""
+    for name, rows in tables.items():
+        client.log_dict(run_id, content.table(rows), name)
+    listed = [{"path": name, "type": "table"} for name in tables]
+    client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps(listed))
 
 
 def _log_model(

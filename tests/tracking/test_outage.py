@@ -247,7 +247,7 @@ def test_killed_while_steps_arrive_and_at_a_registration_nothing_is_lost_or_twic
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize(
-    "name", ["log_batch", "log_inputs", "log_artifacts", "log_table", "create_model_version", "set_terminated"]
+    "name", ["log_batch", "log_inputs", "log_artifacts", "log_dict", "create_model_version", "set_terminated"]
 )
 def test_killed_anywhere_while_it_is_recorded_there_is_one_run_and_one_version(
     spec: RunSpec, make_evaluation: MakeEvaluation, server: Server, name: str, before: bool
@@ -359,7 +359,6 @@ def fails_once(patch: pytest.MonkeyPatch, name: str, when: Callable[..., bool]) 
     patch.setattr(MlflowClient, name, call)
 
 
-@pytest.mark.xfail(reason="defect: the next attempt sees the file, and leaves out the tag that lists it")
 def test_a_table_that_was_written_but_not_listed_is_listed_by_the_next_attempt(
     spec: RunSpec, make_evaluation: MakeEvaluation, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,7 +146,7 @@ def test_files_come_back(spec: RunSpec, make_evaluation: MakeEvaluation, setting
 
 
 LAST_WRITES = (
-    "log_batch", "log_inputs", "log_text", "log_artifact", "log_artifacts", "log_table", "create_registered_model",
+    "log_batch", "log_inputs", "log_text", "log_artifact", "log_artifacts", "log_dict", "create_registered_model",
     "create_model_version", "set_registered_model_alias", "set_tag", "set_terminated",
 )  # fmt: skip
 
