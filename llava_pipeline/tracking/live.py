@@ -87,7 +87,7 @@ class Live:
         if self.client is None:
             self.client = connect(self.settings)
         if self.run_id is None and not self.closed:
-            _, self.run_id = begin(self.client, self.spec, self.settings, self.tags, self.started)
+            _, self.run_id = begin(self.client, self.spec, self.settings, self.tags, self.started, gives_way=True)
         while self.waiting and not self.closed:
             with self.lock:
                 part = self.waiting[:MAX_POINTS]

@@ -48,20 +48,24 @@ def register(client: MlflowClient, spec: RunSpec, evaluation: Evaluation, run_id
     name = spec.registered_model
     with refusals(f"register the projector of run {run_id} as {name}"):
         _ensure_registered_model(client, spec)
-        made = client.search_model_versions(f"run_id = '{run_id}'")  # by an attempt whose answer was lost
-        version = (
-            made[0]
-            if made
-            else client.create_model_version(
+        if not _versions_of(client, run_id):
+            client.create_model_version(
                 name,
                 source=f"{client.get_run(run_id).info.artifact_uri}/model",
                 run_id=run_id,
                 tags=content.tags_of_version(evaluation),
-                description=f"{headline(evaluation)}\n\nThe whole card: `model/README.md` of the run.",
+                description=f"{headline(evaluation)}\n\nThe whole card: model/README.md of the run.",
             )
-        )
-        client.set_registered_model_alias(name, settings.registry.challenger, version.version)
-    return str(version.version)
+        version, *again = _versions_of(client, run_id)
+        for number in again:  # MLflow's client repeats a request whose answer was lost
+            client.delete_model_version(name, number)
+        client.set_registered_model_alias(name, settings.registry.challenger, version)
+    return version
+
+
+def _versions_of(client: MlflowClient, run_id: str) -> list[str]:
+    """The versions that a run has registered, the first one first."""
+    return sorted((str(v.version) for v in client.search_model_versions(f"run_id = '{run_id}'")), key=int)
 
 
 def registered_model(client: MlflowClient, name: str) -> RegisteredModel | None:

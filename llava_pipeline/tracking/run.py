@@ -132,21 +132,30 @@ def record_failure(
 
 
 def begin(
-    client: MlflowClient, spec: RunSpec, settings: Settings, tags: dict[str, str], started: float | None
-) -> tuple[str, str]:
-    """Ids of the experiment and of the flow run's own run: the one begun that has no version yet, or a new one."""
+    client: MlflowClient, spec: RunSpec, settings: Settings, tags: dict[str, str], started: float | None,
+    *, gives_way: bool = False,
+) -> tuple[str, str]:  # fmt: skip
+    """Ids of the experiment and of the flow run's own run: the one begun that has no version yet, or a new one.
+
+    ``gives_way`` is for whoever begins it beside the recording: a run that was begun meanwhile is taken instead.
+    """
     run_id = _begun(client, settings, tags)
     if run_id is None or "llava.registered_version" in client.get_run(run_id).data.tags:
-        return _start(client, spec, settings, tags, started)
+        return _start(client, spec, settings, tags, started, gives_way)
     client.update_run(run_id, status="RUNNING")
     client.set_tag(run_id, PROCESS, this_process())
     return client.get_run(run_id).info.experiment_id, run_id
 
 
 def _start(
-    client: MlflowClient, spec: RunSpec, settings: Settings, tags: dict[str, str], started: float | None
-) -> tuple[str, str]:
-    """Ids of the experiment and of a new run with everything known beforehand."""
+    client: MlflowClient, spec: RunSpec, settings: Settings, tags: dict[str, str], started: float | None,
+    gives_way: bool = False,
+) -> tuple[str, str]:  # fmt: skip
+    """Ids of the experiment and of a new run with everything known beforehand.
+
+    There may be a second one: MLflow's client repeats a request whose answer was lost, and another thread may have
+    begun one too. One of them stays.
+    """
     began = time.time() if started is None else started
     experiment_id = ensure_experiment(client, settings)
     name = f"{spec.profile}-{datetime.fromtimestamp(began, UTC):%Y%m%d-%H%M%S}"
@@ -155,18 +164,29 @@ def _start(
         | {PROCESS: this_process()}
         | {key: value[: content.MAX_TAG] for key, value in tags.items()}
     )
+    before = _runs_of(client, experiment_id, tags)
     run = client.create_run(experiment_id, start_time=int(began * 1000), tags=known, run_name=name)
-    return experiment_id, str(run.info.run_id)
+    own = str(run.info.run_id)
+    others = [run_id for run_id in _runs_of(client, experiment_id, tags) if run_id not in (own, *before)]
+    stays = others[0] if others and gives_way else own
+    for run_id in (own, *others):
+        if run_id != stays:
+            client.delete_run(run_id)
+    return experiment_id, stays
 
 
 def _begun(client: MlflowClient, settings: Settings, tags: dict[str, str]) -> str | None:
     """Id of the run that the same flow run has recorded already, if any."""
+    return next(iter(_runs_of(client, ensure_experiment(client, settings), tags)), None)
+
+
+def _runs_of(client: MlflowClient, experiment_id: str, tags: dict[str, str]) -> list[str]:
+    """Ids of the runs of one flow run, the newest first; none where there is no flow run."""
     flow_run = tags.get("prefect.flow_run_id")
     if not flow_run:
-        return None
+        return []
     asked = f"tags.`prefect.flow_run_id` = '{flow_run}'"
-    found = client.search_runs([ensure_experiment(client, settings)], filter_string=asked, max_results=1)
-    return str(found[0].info.run_id) if found else None
+    return [str(run.info.run_id) for run in client.search_runs([experiment_id], filter_string=asked)]
 
 
 def _describe(client: MlflowClient, run_id: str, spec: RunSpec, evaluation: Evaluation, began: float) -> None:

@@ -310,14 +310,11 @@ def lossy(server: Server) -> Iterator[Lossy]:
     proxy.server.server_close()
 
 
-TWICE = pytest.mark.xfail(reason="defect: MLflow's client sends it again itself, and there are two")
-
-
 @pytest.mark.parametrize(
     "request_",
     [
-        pytest.param("POST runs/create", marks=TWICE),
-        pytest.param("POST model-versions/create", marks=TWICE),
+        "POST runs/create",
+        "POST model-versions/create",
         "POST runs/log-batch",
         *(
             pytest.param(f"POST {path}", marks=pytest.mark.slow)
@@ -389,7 +386,6 @@ def test_the_load_of_the_machine_that_waits_at_the_end_is_not_lost(
     assert 77 in [point.step for point in history]
 
 
-@pytest.mark.xfail(reason="defect: it waits for some seconds only, and then begins a run beside the recorded one")
 def test_a_run_whose_beginning_hangs_until_recording_has_its_turn_is_not_begun_twice(
     spec: RunSpec, make_evaluation: MakeEvaluation, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
