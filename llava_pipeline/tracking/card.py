@@ -32,7 +32,7 @@ def headline(evaluation: Evaluation) -> str:
     """What a person wants to know first, in a few sentences."""
     right, shuffled, trained = evaluation.right_image, evaluation.shuffled_image, evaluation.projector
     told = [
-        f"**{right.exact_match:.1%}** of {evaluation.num_questions} held-out questions right; with other pictures "
+        f"{right.exact_match:.1%} of {evaluation.num_questions} held-out questions right; with other pictures "
         f"{shuffled.exact_match:.1%}, untrained {evaluation.untrained.exact_match:.1%}, by guessing "
         f"{evaluation.blind_rate:.1%}."
     ]
