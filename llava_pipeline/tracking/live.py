@@ -1,11 +1,14 @@
 """Steps in MLflow while they are taken. MLflow may be away: they wait here, and are sent when it is back.
 
-What is still waiting at the end is not lost either: ``run.record`` sends the whole curve from the history.
+What is still waiting when the training has ended is sent while the pipeline goes on. Steps are not lost even where this
+process dies: ``run.record`` sends what is missing of the curve from the history. Steps that a training takes again when
+it goes on from a checkpoint are sent once.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from typing import Any
@@ -14,13 +17,14 @@ from llava_pipeline.spec import RunSpec
 from llava_pipeline.tracking import content
 from llava_pipeline.tracking.client import connect, first_line
 from llava_pipeline.tracking.machine import Machine
-from llava_pipeline.tracking.run import as_metric, begin
+from llava_pipeline.tracking.run import as_metric, begin, points_there
 from llava_pipeline.tracking.settings import Settings
 
 _log = logging.getLogger(__name__)
 SECONDS_BETWEEN = 5.0
 SECONDS_BETWEEN_LOOKS = 10.0  # at the machine
 SECONDS_TO_FINISH = 10.0
+SECONDS_AFTERWARDS = 600.0  # for what waits when the training has ended
 MAX_POINTS = 1000  # that MLflow takes at once
 
 
@@ -45,7 +49,9 @@ class Live:
         self.lock, self.ending, self.told = threading.Lock(), threading.Event(), False
         self.closed = False
         self.run_id: str | None = None
+        self.last_step = 0  # that an attempt before this one has sent
         self.client: Any = None
+        self.machine: Machine | None = None
         self.thread = threading.Thread(target=self._work, name="mlflow-live", daemon=True)
         self.thread.start()
 
@@ -56,41 +62,55 @@ class Live:
                 self.waiting += content.step_points(event)
 
     def close(self) -> None:
-        """Send what is waiting, for some seconds at most."""
+        """Send what is waiting, for some seconds at most; what then still waits is sent while others go on."""
         self.ending.set()
         self.thread.join(SECONDS_TO_FINISH)
         self.closed = True
 
     def _work(self) -> None:
-        machine, looked, ended = Machine(self.started), 0.0, False
-        while not ended:
-            ended = self.ending.wait(self.seconds_between)
-            if time.monotonic() - looked >= SECONDS_BETWEEN_LOOKS:
-                looked = time.monotonic()
-                with self.lock:
-                    self.waiting += machine.points(time.time())
+        looked, give_up = 0.0, math.inf
+        while time.monotonic() < give_up:
+            if self.ending.wait(self.seconds_between) and give_up == math.inf:
+                give_up = time.monotonic() + SECONDS_AFTERWARDS
             try:
+                if not self.ending.is_set() and time.monotonic() - looked >= SECONDS_BETWEEN_LOOKS:
+                    looked = time.monotonic()
+                    self._look()
                 self._ship()
                 self.told = False
             except Exception as error:  # whatever is wrong with MLflow, the training goes on
                 if not self.told:
                     _log.warning("MLflow is away (%s); the training goes on, its steps wait", first_line(error))
                 self.told = True
+            if self.ending.is_set():
+                if not self.waiting or (self.closed and self.run_id is None):
+                    return
+                time.sleep(self.seconds_between)
+
+    def _look(self) -> None:
+        if self.machine is None:
+            self.machine = Machine(self.started)
+        with self.lock:
+            self.waiting += self.machine.points(time.time())
 
     def _ship(self) -> None:
         """Send everything that waits; a part that could not be sent waits on.
 
         Once recording has its turn nothing is begun here: there would be two runs.
         """
-        if self.closed:
-            return
         if self.client is None:
             self.client = connect(self.settings)
-        if self.run_id is None and not self.closed:
-            _, self.run_id = begin(self.client, self.spec, self.settings, self.tags, self.started, gives_way=True)
-        while self.waiting and not self.closed:
+        if self.run_id is None:
+            if self.closed:
+                return
+            _, run_id = begin(self.client, self.spec, self.settings, self.tags, self.started, gives_way=True)
+            self.last_step = max((step for _, step in points_there(self.client, run_id, ["train/loss"])), default=0)
+            self.run_id = run_id
+        while self.waiting:
             with self.lock:
                 part = self.waiting[:MAX_POINTS]
-            self.client.log_batch(self.run_id, metrics=[as_metric(point) for point in part])
+            new = [point for point in part if not (point.key.startswith("train/") and point.step <= self.last_step)]
+            if new:
+                self.client.log_batch(self.run_id, metrics=[as_metric(point) for point in new])
             with self.lock:
                 del self.waiting[: len(part)]

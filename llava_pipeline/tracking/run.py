@@ -10,7 +10,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -196,7 +196,7 @@ def _describe(client: MlflowClient, run_id: str, spec: RunSpec, evaluation: Eval
     tags = content.tags_of_evaluation(evaluation) | {"mlflow.note.content": headline(evaluation)}
     client.log_batch(
         run_id,
-        metrics=list(_metrics(evaluation, began)),
+        metrics=list(_metrics(client, run_id, evaluation, began)),
         params=[Param(*item) for item in content.parameters(spec, evaluation).items()],
         tags=[RunTag(*item) for item in tags.items()],
     )
@@ -204,19 +204,25 @@ def _describe(client: MlflowClient, run_id: str, spec: RunSpec, evaluation: Eval
     client.log_inputs(run_id, datasets=[_dataset_input(train, "training"), _dataset_input(held_out, "evaluation")])
 
 
-def _metrics(evaluation: Evaluation, began: float) -> Iterator[Metric]:
-    """The curve of the training, and then the results, at times that another attempt finds again.
+def _metrics(client: MlflowClient, run_id: str, evaluation: Evaluation, began: float) -> Iterator[Metric]:
+    """What is missing of the training's curve, and then the results, at a time that another attempt finds again.
 
-    MLflow keeps a point that has the same value, step and time once. What was sent while it trained is sent again, so
-    that none is missing.
+    MLflow keeps a point that has the same value, step and time once; a step that was taken twice has two times.
     """
     from mlflow.entities import Metric
 
     curve = content.training_curve(content.read_rows(content.history(evaluation)), began)
-    yield from map(as_metric, curve)
+    there = points_there(client, run_id, {point.key for point in curve})
+    yield from (as_metric(point) for point in curve if (point.key, point.step) not in there)
     ended = max((point.time for point in curve), default=began)
     for key, value in content.results(evaluation).items():
         yield Metric(key, value, int(ended * 1000), evaluation.projector.num_steps)
+
+
+def points_there(client: MlflowClient, run_id: str, keys: Iterable[str]) -> set[tuple[str, int]]:
+    """Key and step of every point that a run has of some metrics."""
+    there = client.get_run(run_id).data.metrics
+    return {(key, point.step) for key in keys if key in there for point in client.get_metric_history(run_id, key)}
 
 
 def as_metric(point: content.Point) -> Metric:

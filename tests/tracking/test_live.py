@@ -69,3 +69,17 @@ def test_steps_wait_while_mlflow_is_away(
     assert [r.message for r in caplog.records if r.name == live.__name__] == [
         "MLflow is away (no MLflow at this address); the training goes on, its steps wait"
     ]
+
+
+def test_steps_that_a_training_takes_again_after_a_kill_are_there_once(
+    spec: RunSpec, make_evaluation: MakeEvaluation, settings: Settings
+) -> None:
+    evaluation = make_evaluation()
+    for later in (-30.0, 0.0):  # the second attempt goes on from a checkpoint behind the first step
+        sender = Live(spec, settings, TAGS, STARTED, seconds_between=0.05)
+        for event in steps(evaluation)[:2]:
+            sender(event | {"time": event["time"] + later})
+        sender.close()
+    recorded = record(spec, evaluation, settings, TAGS, started=STARTED)
+    curve = connect(settings).get_metric_history(recorded.run_id, "train/loss")
+    assert [(point.step, point.value) for point in curve] == [(1, 3.0), (2, 1.5), (3, 1.0)]

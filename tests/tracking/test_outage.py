@@ -368,7 +368,6 @@ def test_a_table_that_was_written_but_not_listed_is_listed_by_the_next_attempt(
     assert sorted(one["path"] for one in listed) == ["evaluation/answers.json", "evaluation/samples.json"]
 
 
-@pytest.mark.xfail(reason="defect: the load of the machine that waits when the training ends is dropped")
 def test_the_load_of_the_machine_that_waits_at_the_end_is_not_lost(
     spec: RunSpec, make_evaluation: MakeEvaluation, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -382,6 +381,7 @@ def test_the_load_of_the_machine_that_waits_at_the_end_is_not_lost(
             sender.waiting.append(content.Point("system/cpu_utilization_percentage", 50.0, 77, STARTED + 77))
         sender.close()
     recorded = record(spec, evaluation, settings, tags, started=STARTED)
+    sender.thread.join(30)
     history = connect(settings).get_metric_history(recorded.run_id, "system/cpu_utilization_percentage")
     assert 77 in [point.step for point in history]
 
