@@ -9,19 +9,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
-import requests
 from PIL import Image
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
@@ -35,16 +28,9 @@ from llava_pipeline.tracking import promotion, verdict
 from llava_pipeline.tracking.client import connect
 from llava_pipeline.tracking.gate import decide
 from llava_pipeline.tracking.run import record
-from llava_pipeline.tracking.settings import (
-    FILE_VARIABLE,
-    URI_VARIABLE,
-    ServerSettings,
-    Settings,
-    TrackingSettings,
-    server_command,
-    server_environment,
-)
+from llava_pipeline.tracking.settings import FILE_VARIABLE, URI_VARIABLE, Settings
 from tests.tracking.conftest import build_evaluation, migrated_database, tiny_spec
+from tests.tracking.server import running
 
 __all__ = ["migrated_database"]
 T = TypeVar("T")
@@ -72,7 +58,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
     ):  # fmt: skip
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    own = {"XDG_CONFIG_HOME": str(tmp_path_factory.mktemp("config"))}  # where its crash handler writes
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER, env=os.environ | own))
     yield driver
     driver.quit()
 
@@ -132,46 +119,11 @@ def pages(
         patch.setenv("LLAVA_PIPELINE_HOME", str(home))
         if HOME not in os.environ:
             shutil.copy(migrated_database, home / "mlflow.db")
-        with served() as settings:
+        with running(home) as settings:
             if HOME not in os.environ:
                 record_two(settings)
             (model,) = connect(settings).search_registered_models()
             yield Pages(settings, Window(browser, settings.tracking.uri or ""), model.name)
-
-
-@contextmanager
-def served() -> Iterator[Settings]:
-    """Settings of a client of a server that the pipeline's own command starts."""
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        port = opened.getsockname()[1]
-    server = Settings(server=ServerSettings(port=port))
-    executable, *arguments = server_command(server)
-    process = subprocess.Popen(
-        [str(Path(sys.executable).with_name(executable)), *arguments],
-        env=os.environ | server_environment(server),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 120
-        while not _answers(f"{uri}/health"):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        yield Settings(tracking=TrackingSettings(uri=uri))
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=30)
-
-
-def _answers(address: str) -> bool:
-    try:
-        return requests.get(address, timeout=5).ok
-    except requests.RequestException:
-        return False
 
 
 def record_two(settings: Settings) -> None:

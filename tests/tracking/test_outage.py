@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -29,25 +25,18 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from llava_pipeline.contracts import Evaluation, RecordedRun
-from llava_pipeline.errors import TrackingError, TrackingUnavailable
+from llava_pipeline.errors import TrackingUnavailable
 from llava_pipeline.spec import RunSpec
 from llava_pipeline.tracking import content, live, registry
-from llava_pipeline.tracking.client import check_reachable, connect
+from llava_pipeline.tracking.client import connect
 from llava_pipeline.tracking.live import Live
 from llava_pipeline.tracking.run import record
-from llava_pipeline.tracking.settings import (
-    URI_VARIABLE,
-    ServerSettings,
-    Settings,
-    TrackingSettings,
-    server_command,
-    server_environment,
-)
+from llava_pipeline.tracking.settings import URI_VARIABLE, Settings, TrackingSettings
 from tests.flows.conftest import prefect_server
 from tests.tracking.conftest import MakeEvaluation
+from tests.tracking.server import Server
 
 __all__ = ["prefect_server"]
-BOOT_SECONDS = 120
 STARTED = 1_795_509_060.0
 CURVES = [
     f"train/{name}"
@@ -56,67 +45,6 @@ CURVES = [
         *("useful_flops_per_second", "data_wait_share", "tokens_per_pass", "peak_memory_bytes", "cost"),
     )
 ]
-
-
-class Server:
-    """``mlflow server`` on one port and one database, killed and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as opened:
-            opened.bind(("127.0.0.1", 0))
-            self.port = opened.getsockname()[1]
-        server = ServerSettings(
-            port=self.port, backend_store_uri=f"sqlite:///{folder / 'mlflow.db'}",
-            artifacts_destination=(folder / "mlartifacts").as_uri(),
-        )  # fmt: skip
-        self.as_server = Settings(server=server)
-        self.settings = Settings(tracking=TrackingSettings(uri=f"http://127.0.0.1:{self.port}"))
-        self.process: subprocess.Popen[bytes] | None = None
-        self.returning: threading.Thread | None = None
-        self.outages: list[float] = []
-
-    def start(self) -> None:
-        executable, *arguments = server_command(self.as_server)
-        self.process = subprocess.Popen(
-            [str(Path(sys.executable).with_name(executable)), *arguments],
-            env=os.environ | server_environment(self.as_server), start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        deadline = time.monotonic() + BOOT_SECONDS
-        while not self.answers():
-            assert time.monotonic() < deadline, "the server does not start"
-            time.sleep(0.1)
-
-    def answers(self) -> bool:
-        try:
-            check_reachable(self.settings)
-        except TrackingError:
-            return False
-        return True
-
-    def kill(self) -> None:
-        assert self.process is not None
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(30)
-
-    def away(self, seconds: float) -> None:
-        """Kill it now, and start it again after so many seconds, while the caller goes on."""
-        self.back()
-        self.kill()
-        began = time.monotonic()
-
-        def come_back() -> None:
-            time.sleep(seconds)
-            self.start()
-            self.outages.append(time.monotonic() - began)
-
-        self.returning = threading.Thread(target=come_back)
-        self.returning.start()
-
-    def back(self) -> None:
-        """Wait until it is there again."""
-        if self.returning is not None:
-            self.returning.join(BOOT_SECONDS + 120)
 
 
 @pytest.fixture(scope="module")

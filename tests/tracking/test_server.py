@@ -2,71 +2,27 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from llava_pipeline.contracts import Evidence, Inspection
-from llava_pipeline.errors import TrackingError
 from llava_pipeline.spec import RunSpec
 from llava_pipeline.tracking import listing, promotion, registry, verdict
-from llava_pipeline.tracking.client import check_reachable, connect
+from llava_pipeline.tracking.client import connect
 from llava_pipeline.tracking.gate import decide
 from llava_pipeline.tracking.run import record
-from llava_pipeline.tracking.settings import (
-    ServerSettings,
-    Settings,
-    TrackingSettings,
-    server_command,
-    server_environment,
-)
+from llava_pipeline.tracking.settings import Settings
 from tests.tracking.conftest import MakeEvaluation
-
-BOOT_SECONDS = 120
+from tests.tracking.server import running
 
 
 @pytest.fixture
 def served(settings: Settings, home: Path) -> Iterator[Settings]:
     """Settings of a client of a running server."""
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        port = opened.getsockname()[1]
-    server = Settings(server=ServerSettings(port=port))
-    executable, *arguments = server_command(server)
-    process = subprocess.Popen(
-        [str(Path(sys.executable).with_name(executable)), *arguments],
-        env=os.environ | server_environment(server),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    client = Settings(tracking=TrackingSettings(uri=f"http://127.0.0.1:{port}"))
-    try:
-        _wait(client)
+    with running(home) as client:
         yield client
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=30)
-
-
-def _wait(client: Settings) -> None:
-    deadline = time.monotonic() + BOOT_SECONDS
-    while True:
-        try:
-            check_reachable(client)
-        except TrackingError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.5)
-        else:
-            return
 
 
 @pytest.mark.slow
