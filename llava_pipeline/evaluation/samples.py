@@ -7,10 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from llava_pipeline.data.snapshot import Rows
-from llava_pipeline.model.processor import Processor
 
 NUM_FIRST, NUM_WORST = 24, 12
 THUMBNAIL_SIDE = 256
@@ -28,8 +25,8 @@ def save_samples(folder: Path, rows: Rows, lines: Sequence[Line]) -> None:
         picture.save(folder / f"{number:06}.webp", quality=90)
 
 
-def save_golden(folder: Path, rows: Rows, lines: Sequence[Line], processor: Processor) -> None:
-    """The questions that were answered most surely, each with another answer, and what the tower saw of the pictures.
+def save_golden(folder: Path, rows: Rows, lines: Sequence[Line]) -> None:
+    """The questions that were answered most surely, each with another answer, and their pictures as they are.
 
     Whoever loads the projector later gets these answers, or has loaded something else. The surest ones are the same in
     every precision.
@@ -41,7 +38,6 @@ def save_golden(folder: Path, rows: Rows, lines: Sequence[Line], processor: Proc
             chosen.setdefault(lines[number]["answer"], number)
     told = []
     for place, (answer, number) in enumerate(chosen.items()):
-        seen = processor.resize(rows.picture(lines[number]["image"]))
-        Image.fromarray(seen).save(folder / f"{place}.png")
+        rows.picture(lines[number]["image"]).save(folder / f"{place}.png")
         told.append({"picture": f"{place}.png", "question": lines[number]["question"], "answer": answer})
     (folder / "questions.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")

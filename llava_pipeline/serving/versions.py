@@ -16,7 +16,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from llava_pipeline.contracts import AssembledModel
@@ -25,7 +24,7 @@ from llava_pipeline.model import projector
 from llava_pipeline.model.assemble import Llava
 from llava_pipeline.serving.conversation import prompt_of, question
 from llava_pipeline.serving.engine import Ask, Busy, Engine, Failed, Loaded, Piece
-from llava_pipeline.serving.pictures import Picture, picture_of
+from llava_pipeline.serving.pictures import picture_of
 from llava_pipeline.serving.sampling import Sampling
 from llava_pipeline.tracking import bundle as bundles
 from llava_pipeline.tracking import registry
@@ -188,7 +187,7 @@ class Versions:
 
     def _say(self, version: Version, path: Path, text: str) -> str:
         with Image.open(path) as image:
-            picture: Picture = picture_of(np.asarray(image.convert("RGB")))
+            picture = picture_of(self._llava.processor.resize(image.convert("RGB")))
         prompt = prompt_of(self._llava.processor, question(text, with_image=True))
         answer: Future[str] = Future()
         pieces: list[str] = []

@@ -44,7 +44,7 @@ def evaluate_generations(trained: TrainedProjector, held_out: Snapshot, spec: Ev
         (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in together), encoding="utf-8")
         save_pictures(folder, exam.rows, together, trained, spec)
         save_samples(folder / "samples", exam.rows, together)
-        save_golden(folder / "golden", exam.rows, together, exam.llava.processor)
+        save_golden(folder / "golden", exam.rows, together)
         asked = ask_own_picture(exam, trained, spec, folder / "asked.png")
     return Evaluation(
         **examined(held_out, scored), projector=trained, spec=spec, answers=done[0],
