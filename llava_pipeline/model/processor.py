@@ -62,6 +62,15 @@ class ImageSettings:
         red, green, blue = (round(channel * 255) for channel in self.mean)
         return red, green, blue
 
+    def resize(self, image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """An RGB image letterboxed and resized to the tower's side: (S, S, 3) uint8."""
+        from PIL import Image
+
+        from llava_pipeline.data.images import letterbox
+
+        square = letterbox(image, self.fill)
+        return np.asarray(square.resize((self.side, self.side), Image.Resampling.BICUBIC), dtype=np.uint8)
+
 
 @dataclass(frozen=True, slots=True)
 class Mark:
@@ -221,14 +230,8 @@ class Processor:
         return self.encode([{"role": "user", "content": content}], add_generation_prompt=True).input_ids
 
     def resize(self, image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """An RGB image letterboxed and resized to the tower's side: (S, S, 3) uint8."""
-        from PIL import Image
-
-        from llava_pipeline.data.images import letterbox
-
-        side = self.images.side
-        square = letterbox(image, self.images.fill)
-        return np.asarray(square.resize((side, side), Image.Resampling.BICUBIC), dtype=np.uint8)
+        """An RGB image as the tower sees it: (S, S, 3) uint8."""
+        return self.images.resize(image)
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, S, S, 3) uint8 to ``pixel_values`` (B, 3, S, S) float32."""

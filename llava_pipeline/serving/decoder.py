@@ -18,11 +18,10 @@ import signal
 import struct
 import sys
 from dataclasses import asdict, dataclass
-from types import SimpleNamespace
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from llava_pipeline.data.images import ImageRefused, decode
-from llava_pipeline.model.processor import ImageSettings, Processor
+from llava_pipeline.model.processor import ImageSettings
 from llava_pipeline.serving.image_urls import PictureRejected, from_base64
 
 HEAD = struct.Struct(">cQ")
@@ -80,9 +79,7 @@ def answer(kind: bytes, data: bytes, images: ImageSettings) -> tuple[bytes, byte
     """A file's pixels exactly as training sees them, or why there are none."""
     try:
         data = from_base64(data.decode("utf-8", "surrogatepass")) if kind == BASE64 else data
-        # The very code of training. It reads nothing of a processor but its image settings.
-        processor = cast(Processor, SimpleNamespace(images=images))
-        return PIXELS, Processor.resize(processor, decode(data)).tobytes()
+        return PIXELS, images.resize(decode(data)).tobytes()
     except ImageRefused as error:
         if not isinstance(error.__cause__, MemoryError):
             return _nothing(error.reason, error.detail)
