@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from functools import lru_cache
 
-from llava_pipeline.data.images import MAX_ASPECT, MAX_BYTES, MAX_PIXELS, MIN_SIDE
+from llava_pipeline.data.images import MAX_ASPECT, MAX_BYTES, MAX_PIXELS, MAX_SQUARE, MIN_SIDE
 from llava_pipeline.data.record import Record
 from llava_pipeline.model.processor import IGNORE_INDEX, Encoded
 
@@ -177,7 +177,8 @@ UNREAD = {
 IMAGE_GATE = {
     "image_too_many_bytes": f"At most {MAX_BYTES // 2**20} MiB, encoded.",
     "image_unreadable": "A PNG, JPEG, WebP, GIF or BMP whose first frame decodes whole.",
-    "image_too_many_pixels": f"At most {MAX_PIXELS // 10**6} million pixels, by the header: nothing is decoded.",
+    "image_too_many_pixels": f"At most {MAX_PIXELS // 10**6} million pixels, "
+    f"and {MAX_SQUARE // 10**6} once it is put on a square; by the header: nothing is decoded.",
     "image_too_small": f"At least {MIN_SIDE} pixels on a side.",
     "image_too_long": f"At most {MAX_ASPECT} times as long as wide.",
 }

@@ -24,6 +24,7 @@ from llava_pipeline.data.stills import NoStill, Still, first_still
 
 MAX_BYTES = 20 * 1024 * 1024
 MAX_PIXELS = 40_000_000
+MAX_SQUARE = 4 * MAX_PIXELS  # of the square that a long picture is put on: 480 MB
 MAX_ASPECT = 20
 MIN_SIDE = 8
 BAND = 256  # rows that are blended at a time, so that a large picture is not held four times over
@@ -97,6 +98,10 @@ def check_size(width: int, height: int) -> None:
     """Refuse what would be costly or empty, by its header alone."""
     if width * height > MAX_PIXELS:
         raise ImageRefused("image_too_many_pixels", f"{width}x{height}, at most {MAX_PIXELS} pixels")
+    if max(width, height) ** 2 > MAX_SQUARE:
+        raise ImageRefused(
+            "image_too_many_pixels", f"{width}x{height}, at most {MAX_SQUARE} pixels once it is a square"
+        )
     if min(width, height) < MIN_SIDE:
         raise ImageRefused("image_too_small", f"{width}x{height}, at least {MIN_SIDE} on a side")
     if max(width, height) > MAX_ASPECT * min(width, height):

@@ -79,6 +79,8 @@ def test_the_byte_cap_comes_before_everything_else() -> None:
     ("width", "height", "reason"),
     [
         (6325, 6325, "image_too_many_pixels"),
+        (12_650, 1_000, "image_too_many_pixels"),
+        (1_000, 12_650, "image_too_many_pixels"),
         (2**31 - 1, 2**31 - 1, "image_too_many_pixels"),
         (20_000, 20_000, "image_too_many_pixels"),
         (1, 20_000, "image_too_small"),
