@@ -98,14 +98,14 @@ def check_size(width: int, height: int) -> None:
     """Refuse what would be costly or empty, by its header alone."""
     if width * height > MAX_PIXELS:
         raise ImageRefused("image_too_many_pixels", f"{width}x{height}, at most {MAX_PIXELS} pixels")
-    if max(width, height) ** 2 > MAX_SQUARE:
-        raise ImageRefused(
-            "image_too_many_pixels", f"{width}x{height}, at most {MAX_SQUARE} pixels once it is a square"
-        )
     if min(width, height) < MIN_SIDE:
         raise ImageRefused("image_too_small", f"{width}x{height}, at least {MIN_SIDE} on a side")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageRefused("image_too_long", f"{width}x{height}, at most {MAX_ASPECT}:1")
+    if max(width, height) ** 2 > MAX_SQUARE:
+        raise ImageRefused(
+            "image_too_many_pixels", f"{width}x{height}, at most {MAX_SQUARE} pixels once it is a square"
+        )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
