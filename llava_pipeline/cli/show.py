@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from llava_pipeline.contracts import ValidatedData
     from llava_pipeline.model.plan import Plan
     from llava_pipeline.spec import RunSpec
@@ -168,6 +170,16 @@ def pages(pictures: list[Path], spec: RunSpec, decision: str) -> None:
     print(f"Runs, curves, answers in MLflow (then open http://{settings.ui.host}:{settings.ui.port}):\n  {mlflow}")
     print(f"The flow's stages in Prefect (then open http://127.0.0.1:4200):\n  {prefect}")
     print(f"Ask it yourself:\n  {ask}")
+
+
+def serving(told: dict[str, Any], aliases: Sequence[str]) -> None:
+    """What answers, where, and how to ask."""
+    url = told["url"]
+    models = ", ".join(aliases)
+    print(f"version {told['version']} of {told['model']} answers; Ctrl-C ends it")
+    print(f"  a page to talk to   {url}/")
+    print(f"  OpenAI's clients    base_url={url}/v1 model={models}")
+    print(f"  is it well?         {url}/readyz {url}/metrics", flush=True)
 
 
 def runs(rows: list[dict[str, Any]]) -> None:

@@ -8,6 +8,8 @@ request line and the headers as they came, never at a URL put together from them
     method     GET, HEAD, POST, OPTIONS                           405
     origin     a POST from a page is from a page of ours          403   (a web page driving a server on loopback)
     key        unless there are none, or the path is public       401
+    room       a POST, where so many are under way already,       429
+               or the server is going                             503
     body       none but of a POST; JSON, not packed               400, 415
                not too long, whole in time                        413, 408
 """
@@ -45,6 +47,7 @@ HEADERS = (
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"content-security-policy", CONTENT_SECURITY_POLICY.encode()),
 )
+_KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 _OURS = frozenset(name for name, _ in HEADERS)
 _HOST = re.compile(rb"(\[[0-9a-f:.]{2,45}\]|[a-z0-9](?:[a-z0-9_.-]{0,251}[a-z0-9])?)(?::([0-9]{1,5}))?", re.IGNORECASE)
 _JSON = re.compile(rb"""application/json(?:\s*;\s*charset\s*=\s*(?:utf-?8|"utf-?8"))?\s*;?""", re.IGNORECASE)
@@ -70,8 +73,11 @@ class Guard:
 
     ``allowed_hosts`` are names without a port (any port is meant) or with one; ``*`` allows every well-formed one, and
     wants keys. ``public`` are the exact paths that need no key. The name of the key, or None, is in
-    ``scope["state"]["key_name"]``.
+    ``scope["state"]["key_name"]``. ``max_requests`` is how many POSTs may be under way, from their first byte to the
+    last of their answer; ``draining`` admits no more of them. ``refused`` is told the code of every refusal.
     """
+
+    draining = False
 
     def __init__(
         self,
@@ -82,12 +88,15 @@ class Guard:
         allowed_hosts: frozenset[str],
         public: frozenset[str] = frozenset(),
         body_seconds: float = 30.0,
+        max_requests: int | None = None,
+        refused: Callable[[str], None] = lambda _: None,
     ) -> None:
         if keys is None and ANY_HOST in allowed_hosts:
             raise ValueError("a server that answers to every host name needs keys")
         self._app, self._keys, self._public = app, keys, public
         self._max_body_bytes, self._body_seconds = max_body_bytes, body_seconds
         self._hosts = frozenset(host.lower().encode() for host in allowed_hosts)
+        self._max_requests, self._num_requests, self._refused = max_requests, 0, refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -108,20 +117,30 @@ class Guard:
 
         try:
             state = {**scope.get("state", {}), "key_name": self._admit(scope)}
-            if scope["method"] == "POST":
-                receive = _once(await self._body(scope, receive), receive)
         except Refused as refused:
-            await _refuse(refused, scope, receive, protected)
+            await self._refuse(refused, scope, receive, protected)
             return
+        counted = scope["method"] == "POST"
+        self._num_requests += counted
+        try:
+            if counted:
+                receive = _once(await self._body(scope, receive), receive)
+            await self._app({**scope, "state": state}, receive, protected)
+        except Refused as refused:
+            await self._refuse(refused, scope, receive, protected)
         except _Gone:
             return
-        try:
-            await self._app({**scope, "state": state}, receive, protected)
         except Exception:
             if begun:
                 raise  # the server cuts the connection: half an answer must not look like one
             log.exception("a request failed")
             await _refuse(Refused(500, "internal_error", "internal error"), scope, None, protected)
+        finally:
+            self._num_requests -= counted
+
+    async def _refuse(self, refused: Refused, scope: Scope, receive: Receive, send: Send) -> None:
+        self._refused(refused.code)
+        await _refuse(refused, scope, receive, send)
 
     def _admit(self, scope: Scope) -> str | None:
         """The name of the key, None where none is needed; nothing of the body is read."""
@@ -136,7 +155,16 @@ class Guard:
             _check_origin(headers, host)
         name = self._check_key(scope, headers)
         self._check_body_headers(scope, headers)
+        if scope["method"] == "POST":
+            self._check_room()
         return name
+
+    def _check_room(self) -> None:
+        again = (b"retry-after", b"1")
+        if self.draining:
+            raise Refused(503, "server_closing", "The server is closing. Try again.", again)
+        if self._max_requests is not None and self._num_requests >= self._max_requests:
+            raise Refused(429, "rate_limit_exceeded", "As many questions are under way as may. Try again.", again)
 
     def _check_host(self, headers: _Headers) -> bytes:
         hosts = headers.all(b"host")
@@ -245,10 +273,10 @@ def with_headers(given: Any) -> list[tuple[bytes, bytes]]:
     return headers
 
 
-def error_object(status: int, code: str, message: str) -> dict[str, Any]:
+def error_object(status: int, code: str, message: str, param: str | None = None) -> dict[str, Any]:
     """The body of an error as OpenAI's clients read it."""
-    kind = "server_error" if status >= 500 else "authentication_error" if status == 401 else "invalid_request_error"
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    kind = "server_error" if status >= 500 else _KINDS.get(status, "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def _once(body: bytes, receive: Receive) -> Receive:
