@@ -9,7 +9,9 @@ LlavaPipelineError                 exit code 1: something failed
 │   ├── NoSuchRun                  a run, version or alias that does not exist
 │   ├── NotPromoted                a version that may not become champion, or not be deleted
 │   ├── OtherTraining              a folder that holds another training, or one that is running
-│   └── PictureRefused             a picture that cannot be read or is not accepted
+│   ├── PictureRefused             a picture that cannot be read or is not accepted
+│   ├── KeyFileRefused             a file of API keys that is not one, or that others can write
+│   └── AddressRefused             an address that cannot be served on, or not without keys
 ├── BackboneError
 │   ├── BackboneUnavailable        not reachable now, or not to be read, and not cached
 │   ├── DigestMismatch             a file is not the file that was pinned
@@ -30,8 +32,9 @@ LlavaPipelineError                 exit code 1: something failed
 │   ├── Interrupted                asked to stop; it goes on from where it was when it is started again
 │   ├── TrainerDied                the process that trained was killed
 │   └── FrozenWeightsChanged       a frozen part's digest differs after training
-└── TrackingError                  MLflow refuses
-    └── TrackingUnavailable        MLflow cannot be reached
+├── TrackingError                  MLflow refuses
+│   └── TrackingUnavailable        MLflow cannot be reached
+└── NotServing                     the server did not start
 """
 
 from __future__ import annotations
@@ -75,6 +78,14 @@ class NotPromoted(UserError):
 
 class PictureRefused(UserError):
     """A picture that cannot be read, or that the image gate does not accept."""
+
+
+class KeyFileRefused(UserError):
+    """A file of API keys that is not one, or that others can write."""
+
+
+class AddressRefused(UserError):
+    """An address that cannot be served on, or not without keys."""
 
 
 class BackboneError(LlavaPipelineError):
@@ -167,3 +178,7 @@ class TrackingError(LlavaPipelineError):
 
 class TrackingUnavailable(TrackingError):
     """MLflow cannot be reached."""
+
+
+class NotServing(LlavaPipelineError):
+    """The server did not start."""

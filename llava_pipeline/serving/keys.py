@@ -16,16 +16,12 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from llava_pipeline.errors import NotFound, UserError
+from llava_pipeline.errors import KeyFileRefused, NotFound
 
 PREFIX = "llava-"
 MAX_FILE_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LINE = re.compile(rf"({_NAME.pattern})[ \t]+([0-9a-f]{{64}})")
-
-
-class KeyFileRefused(UserError):
-    """A file of API keys that is not one, or that others can write."""
 
 
 def new_key() -> str:

@@ -12,7 +12,7 @@ from types import FrameType
 
 import uvicorn
 
-from llava_pipeline.errors import LlavaPipelineError, UserError
+from llava_pipeline.errors import AddressRefused, NotServing
 from llava_pipeline.serving.answers import Desk
 from llava_pipeline.serving.app import PUBLIC, build
 from llava_pipeline.serving.guard import ANY_HOST, Guard
@@ -23,14 +23,6 @@ log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 12 * 1024 * 1024  # a picture of 9 MB in base64
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 LAST_WORDS_SECONDS = 5.0  # for telling those who wait that they will not be answered
-
-
-class AddressRefused(UserError):
-    """An address that cannot be served on, or not without keys."""
-
-
-class NotServing(LlavaPipelineError):
-    """A server that did not start."""
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_pipeline.errors import NotFound, UserError
+from llava_pipeline.errors import KeyFileRefused, NotFound, UserError
 from llava_pipeline.serving import keys as module
-from llava_pipeline.serving.keys import PREFIX, KeyFileRefused, Keys, add_key, new_key
+from llava_pipeline.serving.keys import PREFIX, Keys, add_key, new_key
 
 HASH = hashlib.sha256(b"llava-one").hexdigest()
 OTHER = hashlib.sha256(b"llava-two").hexdigest()
