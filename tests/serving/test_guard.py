@@ -128,7 +128,8 @@ class Answer:
         error = json.loads(self.body)
         assert list(error) == ["error"]
         assert set(error["error"]) == {"message", "type", "param", "code"}
-        kind = {401: "authentication_error", 500: "server_error"}.get(self.status, "invalid_request_error")
+        kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+        kind = kinds.get(self.status, "invalid_request_error")
         assert (error["error"]["type"], error["error"]["param"]) == (kind, None)
         assert self.headers["content-type"] == "application/json"
         assert self.headers["connection"] == "close"
@@ -588,7 +589,9 @@ def test_half_an_answer_is_cut_and_does_not_look_whole(open_server: Served) -> N
 # --------------------------------------------------------------------------------------------- any request
 
 
-def _judged(scope: dict[str, Any], body: list[bytes], events: list[str] | None = None) -> list[Message]:
+def _judged(
+    scope: dict[str, Any], body: list[bytes], events: list[str] | None = None, draining: bool = False
+) -> list[Message]:
     """What the guard answers to a request, without a server; ``events`` tells what it read and sent, in order."""
     app, sent = Tiny(), []
     events = [] if events is None else events
@@ -603,6 +606,7 @@ def _judged(scope: dict[str, Any], body: list[bytes], events: list[str] | None =
         sent.append(message)
 
     guard = Guard(app, KEYS, max_body_bytes=10, allowed_hosts=frozenset({"localhost"}), body_seconds=1)
+    guard.draining = draining
     asyncio.run(guard(scope, receive, send))
     assert bool(app.seen) == (bool(sent) and sent[0]["status"] == 200)
     return sent
@@ -628,6 +632,58 @@ def test_a_refusal_is_said_before_the_rest_of_the_body_is_thrown_away_and_ends_a
     events.clear()
     _judged(scope_of(*HEADERS, (b"content-length", b"11"), (b"expect", b"100-continue")), [b"1"], events)
     assert events == ["sent", "sent", "end"]
+
+
+# --------------------------------------------------------------------------------------------- where there is no room
+
+
+@pytest.fixture
+def narrow() -> Iterator[tuple[Served, list[str]]]:
+    """Room for one POST."""
+    codes: list[str] = []
+    for served in serve(Tiny(), None, max_requests=1, refused=codes.append):
+        yield served, codes
+
+
+def test_who_finds_no_room_is_told_to_come_again_before_the_body_is_read_and_does_then(
+    narrow: tuple[Served, list[str]],
+) -> None:
+    server, codes = narrow
+    with socket.create_connection(("127.0.0.1", server.port), timeout=8) as waiting:
+        head = f"POST /wait HTTP/1.1\r\nHost: {server.host}\r\nContent-Type: application/json\r\n"
+        waiting.sendall(f"{head}Content-Length: 2\r\n\r\n{{}}".encode())
+        _until(lambda: bool(server.app.seen))
+        answer = server.post("Content-Length: 90000", body=b"")
+        assert (answer.status, answer.code, answer.reached) == (429, "rate_limit_exceeded", 0)
+        assert answer.headers["retry-after"] == "1"
+        assert server.ask("GET", "/ok").status == 200  # who only looks is always let in
+    assert server.app.left.wait(8)
+    _until(lambda: server.post().status == 200)
+    assert set(codes) == {"rate_limit_exceeded"}
+
+
+def test_a_request_that_fails_or_is_refused_gives_its_room_back(narrow: tuple[Served, list[str]]) -> None:
+    server, _ = narrow
+    for target, length, status in (("/boom", 2, 500), ("/ok", CAP + 1, 413), ("/half", 2, 200), ("/ok", 2, 200)):
+        assert server.post(f"Content-Length: {length}", target=target).status == status
+    slow = server.post("Content-Length: 10", body=b"{")
+    assert (slow.status, slow.code) == (408, "request_timeout")
+    assert server.post().status == 200
+
+
+def test_a_server_that_is_going_takes_no_more_questions_but_tells_how_it_is() -> None:
+    start, body = _judged(scope_of(*HEADERS), [b"{}"], draining=True)[:2]
+    assert start["status"] == 503
+    assert (b"retry-after", b"1") in start["headers"]
+    assert json.loads(body["body"])["error"]["code"] == "server_closing"
+    assert _judged(scope_of(*HEADERS) | {"method": "GET"}, [b""], draining=True)[0]["status"] == 200
+
+
+def _until(look: Any, seconds: float = 8.0) -> None:
+    until = time.monotonic() + seconds
+    while not look():
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 @settings(max_examples=150, deadline=None)
