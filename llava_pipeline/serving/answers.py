@@ -80,6 +80,11 @@ class Answer:
             self.ask.cancelled = True
 
     @property
+    def waited(self) -> float:
+        """Seconds in the queue."""
+        return 0.0 if self.ask is None or self.ask.begun_at is None else self.ask.begun_at - self.ask.asked_at
+
+    @property
     def usage(self) -> wire.Usage:
         """Tokens so far."""
         return wire.usage(self.num_prompt_tokens, self.num_image_tokens, self.num_tokens)

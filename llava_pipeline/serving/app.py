@@ -68,6 +68,7 @@ def build(desk: Desk) -> FastAPI:
     app = FastAPI(
         title="llava-pipeline", version=llava_pipeline.__version__, lifespan=lifespan,
         responses=dict.fromkeys(REFUSALS, ERROR), docs_url=None, redoc_url=None,
+        redirect_slashes=False,  # to http:// also where people came by https://, with their key
     )  # fmt: skip
     app.state.draining = False
     app.add_exception_handler(Exception, _unexpected)
@@ -78,7 +79,18 @@ def build(desk: Desk) -> FastAPI:
     _add_models(app, desk)
     _add_health(app, desk)
     _add_page(app, desk)
+    _publish(app)
     return app
+
+
+def _publish(app: FastAPI) -> None:
+    """The schema without the one answer that FastAPI adds to it and that is never given."""
+    schema = app.openapi()
+    for operations in schema["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        schema["components"]["schemas"].pop(name, None)
 
 
 def _add_chat(app: FastAPI, desk: Desk) -> None:
@@ -93,6 +105,7 @@ def _add_chat(app: FastAPI, desk: Desk) -> None:
         except Rejected as rejected:
             desk.metrics.failed.labels(rejected.code).inc()
             raise
+        desk.metrics.queue.observe(answer.waited)
         desk.metrics.time_to_first_token.observe(time.monotonic() - began)
         headers = {"x-request-id": answer.id, "x-model-version": answer.version.bundle.version}
         watched = _watched(desk, answer, first, request.scope["state"].get("key_name"))
@@ -316,7 +329,7 @@ def _add_health(app: FastAPI, desk: Desk) -> None:
         told = wire.Ready(
             ready=ready, model=desk.versions.name, version=main and main.bundle.version,
             run_id=main and main.bundle.run_id, digest=main and main.bundle.projector_digest,
-            loaded_at=main and main.loaded_at, last_error=desk.versions.last_error,
+            loaded_at=main and main.loaded_at, last_error=_outline(desk.versions.last_error),
         )  # fmt: skip
         return JSONResponse(told.model_dump(), 200 if ready else 503)
 
@@ -324,6 +337,11 @@ def _add_health(app: FastAPI, desk: Desk) -> None:
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(desk.metrics.written(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _outline(told: str | None) -> str | None:
+    """Anybody may read it, so it has no path and no address; those stand in the log."""
+    return told and f"{told.partition(': ')[0]}; the server's log says why"
 
 
 def _add_page(app: FastAPI, desk: Desk) -> None:

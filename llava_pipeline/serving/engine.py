@@ -69,7 +69,9 @@ class Ask:
         prompt: token ids with the image tokens.
         pictures: in the order of their image tokens.
         late: on the clock of ``time.monotonic``, when it is no longer worth beginning.
-        tell: is called from the engine's thread with every piece, and must not wait.
+        tell: is called with every piece, one at a time and never after the last, from whichever thread; it must not
+            wait. What it raises ends the answer, and nobody else's.
+        cancelled: to be set by whoever asked: nothing is told any more, and the row is free within a token.
     """
 
     loaded: Loaded
@@ -80,6 +82,7 @@ class Ask:
     tell: Callable[[Piece | Failed], None]
     cancelled: bool = False
     asked_at: float = field(default_factory=time.monotonic)
+    begun_at: float | None = None  # when it was read, as the engine notes it
 
 
 class Busy(Exception):
@@ -122,13 +125,14 @@ class Engine:
         self.answers: list[_Answer] = []
         self.rows: Rows | None = None
         self.changed = threading.Condition()
+        self.owed: set[Ask] = set()  # taken, and not told an end yet; whoever tells one holds ``changed``
         self.closing = False
         self.beat = time.monotonic()  # when the thread last came round: who stands still is not healthy
         self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self.thread.start()
 
     def submit(self, ask: Ask) -> None:
-        """Take a conversation.
+        """Take a conversation. It is told one end, unless it is cancelled before.
 
         Raises:
             Busy: as many are waiting as may.
@@ -138,8 +142,11 @@ class Engine:
             if self.closing:
                 raise Closed
             if len(self.waiting) >= self.max_waiting:
+                self._drop_waiting()  # those that nobody waits for take nobody's place
+            if len(self.waiting) >= self.max_waiting:
                 raise Busy
             self.waiting.append(ask)
+            self.owed.add(ask)
             self.changed.notify()
 
     @property
@@ -157,14 +164,31 @@ class Engine:
         with self.changed:
             self.closing = True
             self.changed.notify()
-        deadline = time.monotonic() + seconds
-        while self.thread.is_alive() and time.monotonic() < deadline:
-            self.thread.join(0.1)
-        if self.thread.is_alive():
-            for ask in [*self.waiting, *(answer.ask for answer in self.answers)]:
-                ask.cancelled = True
-                ask.tell(Failed("closed"))
-            self.thread.join(5.0)
+        self.thread.join(min(seconds, threading.TIMEOUT_MAX))
+        if not self.thread.is_alive():
+            return
+        with self.changed:  # from here, for the model may be in the midst of a long step
+            for ask in list(self.owed):
+                self._say(ask, Failed("closed"))
+        self.thread.join(5.0)
+
+    def _say(self, ask: Ask, told: Piece | Failed) -> None:
+        """Tell what nobody has been told the end of. Who cannot be told is no longer answered; the others are."""
+        with self.changed:
+            if ask.cancelled:
+                self.owed.discard(ask)
+            if ask not in self.owed:
+                return
+            if isinstance(told, Failed) or told.ended is not None:
+                self.owed.discard(ask)
+            try:
+                ask.tell(told)
+            except Exception:
+                log.exception("an answer could not be told")
+                self.owed.discard(ask)
+
+    def _is_wanted(self, ask: Ask) -> bool:
+        return ask in self.owed and not ask.cancelled
 
     def _work(self) -> None:
         while True:
@@ -174,10 +198,12 @@ class Engine:
                         return
                     self.beat = time.monotonic()
                     self.changed.wait(1.0)
-                new = self._next()
+                self._drop_waiting()
+                room = self.max_rows - len(self.answers)
+                new = [self.waiting.popleft() for _ in range(min(room, len(self.waiting)))]
             self.beat = time.monotonic()
             try:
-                self._drop_cancelled()
+                self._keep([k for k, answer in enumerate(self.answers) if self._is_wanted(answer.ask)])
                 if new:
                     self._begin(new)
                 if self.answers:
@@ -186,47 +212,64 @@ class Engine:
                 log.exception("the model failed; those who were being answered are told")
                 self._fail([*new, *(answer.ask for answer in self.answers)])
 
-    def _next(self) -> list[Ask]:
-        """Those whose turn it is, less those that nobody waits for any more."""
-        new: list[Ask] = []
-        while self.waiting and len(self.answers) + len(new) < self.max_rows:
-            ask = self.waiting.popleft()
+    def _drop_waiting(self) -> None:
+        """Those that are cancelled or late wait no longer, whether or not there is room to begin them."""
+        now = time.monotonic()
+        for ask in self.waiting:
             if ask.cancelled:
-                continue
-            if ask.late < time.monotonic():
-                ask.tell(Failed("late"))
-                continue
-            new.append(ask)
-        return new
+                self.owed.discard(ask)
+            elif ask.late < now:
+                self._say(ask, Failed("late"))
+        self.waiting = deque(ask for ask in self.waiting if self._is_wanted(ask))
 
     def _fail(self, asks: list[Ask]) -> None:
         self.answers, self.rows = [], None
         for ask in asks:
-            ask.tell(Failed("failed"))
-
-    def _drop_cancelled(self) -> None:
-        self._keep([k for k, answer in enumerate(self.answers) if not answer.ask.cancelled])
+            self._say(ask, Failed("failed"))
 
     def _keep(self, numbers: list[int]) -> None:
+        """Go on with some of the rows."""
         if len(numbers) == len(self.answers):
             return
-        self.answers = [self.answers[k] for k in numbers]
+        kept = [self.answers[k] for k in numbers]
+        for answer in self.answers:
+            if answer.ask.cancelled:
+                self.owed.discard(answer.ask)
         self.rows = self.rows.select(numbers) if self.rows is not None and numbers else None
+        self.answers = kept
 
     def _begin(self, new: list[Ask]) -> None:
-        """Read what new conversations ask, beside those under way."""
-        cuts = [self._cut(ask.prompt) for ask in new]
-        prefixes = self._prefixes(new, [prefix for prefix, _ in cuts])
-        rows = read_suffixes(self.llava.model, prefixes, [suffix for _, suffix in cuts])
-        self.rows = rows if self.rows is None else self.rows.join(rows)
-        decode = self.llava.processor.words
-        self.answers += [
-            _Answer(ask, TextStream(decode, ask.sampling.stops), ask.sampling.generator()) for ask in new
-        ]  # fmt: skip
+        """Read what new conversations ask, beside those under way.
+
+        Where that fails they are read one by one, so that what is wrong with one costs no other its answer.
+        """
+        try:
+            answers = [
+                _Answer(ask, TextStream(self.llava.processor.words, ask.sampling.stops), ask.sampling.generator())
+                for ask in new
+            ]
+            cuts = [self._cut(ask.prompt) for ask in new]
+            prefixes = self._prefixes(new, [prefix for prefix, _ in cuts])
+            read = read_suffixes(self.llava.model, prefixes, [suffix for _, suffix in cuts])
+            rows = read if self.rows is None else self.rows.join(read)
+        except Exception:
+            if len(new) > 1:
+                for ask in new:
+                    self._begin([ask])
+                return
+            log.exception("a conversation could not be read; whoever asked is told")
+            self._say(new[0], Failed("failed"))
+            return
+        self.rows = rows
+        self.answers += answers
+        for ask in new:
+            ask.begun_at = time.monotonic()
 
     def _cut(self, prompt: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """A prompt up to its last image token, and what follows."""
         at = max((k for k, token in enumerate(prompt) if token == self.image_token_id), default=-1) + 1
+        if at == len(prompt):
+            raise ValueError("a prompt has at least one token behind its last picture")
         return tuple(prompt[:at]), tuple(prompt[at:])
 
     def _prefixes(self, asks: list[Ask], begun: list[tuple[int, ...]]) -> list[Prefix]:
@@ -240,44 +283,39 @@ class Engine:
         for key, ask in zip(keys, asks, strict=True):
             if found[key] is None:
                 missing[key[1]].setdefault(key, ask)
-        self._look([ask for some in missing.values() for ask in some.values()])
+        seen = self._look([ask for some in missing.values() for ask in some.values()])
         for prefix, some in missing.items():
-            projected = torch.stack([self._projected(ask) for ask in some.values()])
+            projected = torch.stack([self._projected(ask, seen) for ask in some.values()])
             for key, read in zip(some, read_prefixes(self.llava.model, prefix, projected), strict=True):
                 found[key] = read
-                self.prefixes.put(key, read)
+                if read.is_finite:  # what went wrong once is not kept
+                    self.prefixes.put(key, read)
         return [found[key] or Prefix([]) for key in keys]
 
     @torch.inference_mode()
-    def _look(self, asks: list[Ask]) -> None:
-        """Features of every picture that has none yet, as one batch."""
-        unseen = {
-            picture.digest: picture
-            for ask in asks
-            for picture in ask.pictures
-            if self.features.get(picture.digest) is None
-        }
-        if not unseen:
-            return
-        processor, model = self.llava.processor, self.llava.model
-        pixels = torch.stack([torch.from_numpy(picture.pixels.copy()) for picture in unseen.values()])
-        features = tower_features(model, processor.normalise(pixels.to(model.device)))
-        for digest, one in zip(unseen, features, strict=True):
-            self.features.put(digest, one.clone())
+    def _look(self, asks: list[Ask]) -> dict[str, Tensor]:
+        """Features of every picture by its digest; of those that are not known, as one batch."""
+        pictures = {picture.digest: picture for ask in asks for picture in ask.pictures}
+        # Held here and not looked up again: they may be more than the memory for features holds.
+        known = {digest: self.features.get(digest) for digest in pictures}
+        unseen = [picture for digest, picture in pictures.items() if known[digest] is None]
+        if unseen:
+            processor, model = self.llava.processor, self.llava.model
+            pixels = torch.stack([torch.from_numpy(picture.pixels.copy()) for picture in unseen])
+            features = tower_features(model, processor.normalise(pixels.to(model.device)))
+            for picture, row in zip(unseen, features, strict=True):
+                one = known[picture.digest] = row.clone()  # alone, so that it does not hold the whole batch
+                if torch.isfinite(one).all():
+                    self.features.put(picture.digest, one)
+        return {digest: one for digest, one in known.items() if one is not None}
 
     @torch.inference_mode()
-    def _projected(self, ask: Ask) -> Tensor:
+    def _projected(self, ask: Ask, seen: dict[str, Tensor]) -> Tensor:
         """(image tokens, D) of a conversation's pictures, by the projector that it asks."""
         projector = ask.loaded.projector
-        seen = []
-        for picture in ask.pictures:
-            features = self.features.get(picture.digest)
-            if features is None:  # more pictures at once than the memory for features holds
-                self._look([ask])
-                features = self.features.get(picture.digest)
-            seen.append(features)
         dtype = next(projector.parameters()).dtype
-        projected: Tensor = projector(torch.cat([one for one in seen if one is not None]).to(dtype))
+        features = torch.cat([seen[picture.digest] for picture in ask.pictures])
+        projected: Tensor = projector(features.to(dtype))
         return projected
 
     @torch.inference_mode()
@@ -285,7 +323,7 @@ class Engine:
         """One token for every row; those that have ended leave."""
         if self.rows is None:
             return
-        logits = self.llava.model.lm_head(self.rows.hidden)
+        logits = self._finite(self.llava.model.lm_head(self.rows.hidden))
         samplings = [answer.ask.sampling for answer in self.answers]
         tokens = choose(logits, samplings, [answer.generator for answer in self.answers])
         going = [k for k, token in enumerate(tokens) if self._tell(self.answers[k], token)]
@@ -294,25 +332,44 @@ class Engine:
             chosen = torch.tensor([tokens[k] for k in going], device=self.rows.mask.device)
             self.rows = read_tokens(self.llava.model, self.rows, chosen)
 
+    def _finite(self, logits: Tensor) -> Tensor:
+        """The logits of the rows that have numbers; the others are told, and leave."""
+        well = torch.isfinite(logits).all(-1).tolist()
+        if all(well):
+            return logits
+        for answer, is_well in zip(self.answers, well, strict=True):
+            if not is_well:
+                log.error("the model gives no numbers for a conversation; whoever asked is told")
+                self._say(answer.ask, Failed("failed"))
+        going = [k for k, is_well in enumerate(well) if is_well]
+        self._keep(going)
+        return logits[going]
+
     def _tell(self, answer: _Answer, token: int) -> bool:
         """Give out a token's text; whether the answer goes on."""
         answer.num_tokens += 1
-        stream, longest = answer.text, answer.ask.sampling.max_tokens
-        ended: Ended | None = None
-        text = ""
-        if token in self.stop_ids:
-            ended = "stop"
-        else:
-            text = stream.push(token)
-            if stream.stopped:
-                ended = "stop"
-            elif answer.num_tokens >= longest:
-                ended = "length"
-        if ended is not None:
-            text += stream.finish()
+        try:
+            text, ended = self._text(answer, token)
+        except Exception:
+            log.exception("a token has no text; whoever asked is told")
+            self._say(answer.ask, Failed("failed"))
+            return False
         if text or ended is not None or answer.num_tokens == 1:
-            answer.ask.tell(Piece(text, answer.num_tokens, ended))
-        return ended is None
+            self._say(answer.ask, Piece(text, answer.num_tokens, ended))
+        return self._is_wanted(answer.ask)
+
+    def _text(self, answer: _Answer, token: int) -> tuple[str, Ended | None]:
+        """What a token adds to the text that can be shown, and why the answer ends with it."""
+        stream = answer.text
+        if token in self.stop_ids:
+            return stream.finish(), "stop"
+        text = stream.push(token)
+        if stream.stopped:
+            return text, "stop"
+        if answer.num_tokens < answer.ask.sampling.max_tokens:
+            return text, None
+        text += stream.finish()
+        return text, "stop" if stream.stopped else "length"
 
 
 class Kept(Generic[K, V]):

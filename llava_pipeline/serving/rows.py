@@ -31,6 +31,11 @@ class Prefix:
         """Memory it takes."""
         return sum(keys.nbytes + values.nbytes for keys, values in self.kept)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all of it is numbers: what is none in one layer is none in those behind it."""
+        return not self.kept or all(bool(torch.isfinite(half).all()) for half in self.kept[-1])
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -79,7 +84,11 @@ def read_prefixes(model: LlavaForConditionalGeneration, ids: Sequence[int], proj
     embeddings[:, tokens == model.config.image_token_index] = projected.to(embeddings.dtype)
     cache = DynamicCache(config=model.config.text_config)
     model.model.language_model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
-    return [Prefix([(keys[row], values[row]) for keys, values in _kept(cache)]) for row in range(len(projected))]
+    # Copies: a view of one row would hold the whole batch in memory, beyond what its bytes say.
+    return [
+        Prefix([(keys[row].clone(), values[row].clone()) for keys, values in _kept(cache)])
+        for row in range(len(projected))
+    ]
 
 
 @torch.inference_mode()

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+TINY = 1e-9  # a temperature below is this one
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -27,7 +29,7 @@ class Sampling:
         if self.seed is None:
             generator.seed()
         else:
-            generator.manual_seed(self.seed)
+            generator.manual_seed(self.seed % (1 << 64))  # torch takes no others
         return generator
 
 
@@ -44,9 +46,12 @@ def choose(
 
 def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """A token by chance, among the most likely ones that together have ``top_p``."""
-    shares = (logits / sampling.temperature).softmax(-1)
+    # The largest becomes 0 before it is divided: no temperature, however small, makes infinity of it.
+    far = (logits - logits.max()).double() / max(sampling.temperature, TINY)
+    shares = far.softmax(-1)
     if sampling.top_p < 1:
         ranked, order = shares.sort(descending=True)
         beyond = ranked.cumsum(-1) - ranked >= sampling.top_p
+        beyond[0] = False
         shares = torch.zeros_like(shares).scatter(0, order, ranked.masked_fill(beyond, 0.0))
     return int(torch.multinomial(shares, 1, generator=generator))

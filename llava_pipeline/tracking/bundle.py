@@ -2,12 +2,17 @@
 
 <home>/serving/<registered model>/<version>-<digest>/    projector/, golden/, samples/, spec.yaml, and bundle.json last
 <home>/serving/<registered model>/<alias>.json           the bundle that answered under this alias last
+<home>/serving/<registered model>/.lock                  held shared by who loads a version, alone by who removes files
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +29,8 @@ from llava_pipeline.tracking.settings import Settings, run_address
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-BUNDLE = "bundle.json"
+BUNDLE, LOCK = "bundle.json", ".lock"
+TEMPORARY = (".fetching-*", ".gone-*", ".writing-*")  # folders that a killed process leaves
 SCORES = ("exact_match", "exact_match_shuffled", "likelihood", "grounding_gain")
 
 
@@ -67,11 +73,15 @@ class Bundle(Frozen):
         Raises:
             DamagedArtifact: they differ.
         """
-        if store.digest_of(store.describe(self.projector)) != self.projector_digest:
+        if not self.is_whole(self.projector):
             raise DamagedArtifact(
                 f"the projector of version {self.version} is not the one that was registered (digest "
                 f"{self.projector_digest[:12]}); train again or choose another version"
             )
+
+    def is_whole(self, projector: Path) -> bool:
+        """Whether a folder holds the weights that were registered."""
+        return store.digest_of(store.describe(projector)) == self.projector_digest
 
 
 def fetch(name: str, version: str, settings: Settings) -> Bundle:
@@ -80,29 +90,44 @@ def fetch(name: str, version: str, settings: Settings) -> Bundle:
     Raises:
         NoSuchRun: there is no such version.
         DamagedArtifact: its files are not those that were registered.
+        DiskFull: no space left for them.
         TrackingError: MLflow cannot be reached, or refuses, or the version does not say what it is.
     """
-    with refusals(f"fetch version {version} of {name}"):
+    attempt = f"fetch version {version} of {name}"
+    with refusals(attempt):
         client = connect(settings)
-        found = registry.require_version(client, name, version)
-        run_id = str(found.run_id)
-        run = client.get_run(run_id)
+        bundle = _described(client, name, version, settings)
+    if (bundle.folder / BUNDLE).is_file() and bundle.is_whole(bundle.projector):
+        return bundle
+    try:
+        with refusals(attempt):
+            _download(client, bundle)
+    except OSError as error:
+        store.tell_disk_full(error, _root(name))
+        raise TrackingError(f"cannot {attempt}: {first_line(error)}") from error
+    return bundle
+
+
+def _described(client: MlflowClient, name: str, version: str, settings: Settings) -> Bundle:
+    found = registry.require_version(client, name, version)
+    run_id = str(found.run_id)
+    run = client.get_run(run_id)
     digest = found.tags.get("llava.projector_digest")
     if digest is None:
         raise TrackingError(f"version {version} of {name} was not registered by this pipeline; choose another one")
-    bundle = Bundle(
-        registered_model=name,
-        version=version,
-        run_id=run_id,
-        run_address=run_address(settings, run.info.experiment_id, run_id),
-        projector_digest=digest,
-        scores={key: found.tags[f"llava.{key}"] for key in SCORES if f"llava.{key}" in found.tags},
-    )
-    if not (bundle.folder / BUNDLE).is_file():
-        with refusals(f"fetch version {version} of {name}"):
-            _download(client, bundle)
-    bundle.check()
-    return bundle
+    try:
+        return Bundle(
+            registered_model=name,
+            version=version,
+            run_id=run_id,
+            run_address=run_address(settings, run.info.experiment_id, run_id),
+            projector_digest=digest,
+            scores={key: found.tags[f"llava.{key}"] for key in SCORES if f"llava.{key}" in found.tags},
+        )
+    except ValidationError as error:
+        raise TrackingError(
+            f"the tags of version {version} of {name} do not say what it is ({first_line(error)}); choose another one"
+        ) from error
 
 
 def kept(name: str, alias: str) -> Bundle | None:
@@ -110,22 +135,57 @@ def kept(name: str, alias: str) -> Bundle | None:
     try:
         bundle = Bundle.model_validate_json((_root(name) / f"{alias}.json").read_text(encoding="utf-8"))
         bundle.check()
-    except (OSError, ValidationError, DamagedArtifact):
+    except (OSError, ValueError, DamagedArtifact):
         return None
     return bundle
 
 
 def keep(alias: str, bundle: Bundle) -> None:
-    """Note that a bundle answers under an alias; the files of versions that answer under none go."""
-    root = _root(bundle.registered_model)
-    store.write_text(root / f"{alias}.json", bundle.model_dump_json())
-    needed = {bundle.folder}
-    for path in root.glob("*.json"):
-        if (other := kept(bundle.registered_model, path.stem)) is not None:
-            needed.add(other.folder)
-    for folder in root.iterdir():
-        if folder.is_dir() and not folder.name.startswith(".") and folder not in needed:
-            shutil.rmtree(folder, ignore_errors=True)
+    """Note that a bundle answers under an alias."""
+    store.write_text(_root(bundle.registered_model) / f"{alias}.json", bundle.model_dump_json())
+
+
+def forget(name: str, alias: str) -> None:
+    """Note that nothing answers under an alias any more."""
+    (_root(name) / f"{alias}.json").unlink(missing_ok=True)
+
+
+@contextmanager
+def in_use(name: str) -> Iterator[None]:
+    """While versions are looked for and loaded: no process removes files meanwhile. Many may do so at once."""
+    root = _root(name)
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def sweep(name: str) -> bool:
+    """Remove the files of versions that answer under no alias; not, and False, while a process loads one."""
+    root = _root(name)
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        found = (kept(name, path.stem) for path in root.glob("*.json"))
+        needed = {bundle.folder for bundle in found if bundle is not None}
+        for folder in list(root.iterdir()):
+            if folder.is_dir() and not folder.name.startswith(".") and folder not in needed:
+                _remove(folder)
+        for pattern in TEMPORARY:
+            store.sweep(root, pattern)
+    return True
+
+
+def _remove(folder: Path) -> None:
+    """Under another name first: what is left when this is killed is not taken for a whole bundle."""
+    with (
+        contextlib.suppress(FileNotFoundError),
+        tempfile.TemporaryDirectory(prefix=".gone-", dir=folder.parent) as gone,
+    ):
+        folder.replace(Path(gone) / folder.name)
 
 
 def _root(name: str) -> Path:
@@ -140,11 +200,16 @@ def _download(client: MlflowClient, bundle: Bundle) -> None:
         folder.mkdir()
         for path in ("projector", "spec.yaml"):
             client.download_artifacts(bundle.run_id, path, str(folder))
+        if not bundle.is_whole(folder / "projector"):
+            raise DamagedArtifact(
+                f"the projector of version {bundle.version} in MLflow's artifact store is not the one that was "
+                f"registered (digest {bundle.projector_digest[:12]}); train again or choose another version"
+            )
         there = {item.path for item in client.list_artifacts(bundle.run_id, "evaluation")}
         for name in ("golden", "samples", "samples.json"):  # runs of former versions have none
             if f"evaluation/{name}" in there:
                 fetched = Path(client.download_artifacts(bundle.run_id, f"evaluation/{name}", temporary))
                 shutil.move(fetched, folder / name)
         (folder / BUNDLE).write_text(bundle.model_dump_json(), encoding="utf-8")
-        shutil.rmtree(bundle.folder, ignore_errors=True)
+        _remove(bundle.folder)
         folder.replace(bundle.folder)
