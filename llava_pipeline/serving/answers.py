@@ -23,6 +23,7 @@ DEFAULT_TOKENS = 256  # of an answer whose request names no limit
 MAX_CHARACTERS = 32  # of a token: more text than this cannot fit, and is not tokenised
 RETRY_SECONDS = 1
 SEEN_BYTES = 1 << 25
+SHORT = 2000  # characters that are tokenised sooner than a thread is found for them
 WHY: dict[Failure, tuple[str, str]] = {
     "late": ("overloaded", "The question waited too long for its turn. Try again."),
     "closed": ("server_closing", "The server is closing. Try again."),
@@ -139,6 +140,8 @@ class Desk:
         characters = sum(len(turn.text) for turn in turns)
         if characters > self._context * MAX_CHARACTERS:
             raise self._too_long(f"The messages have {characters} characters")
+        if characters < SHORT:
+            return prompt_of(self._processor, turns)
         return await asyncio.to_thread(prompt_of, self._processor, turns)
 
     def _longest(self, request: ChatRequest, num_prompt_tokens: int) -> int:

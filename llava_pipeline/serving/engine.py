@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict, defaultdict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from llava_pipeline.evaluation.read import stop_ids
 from llava_pipeline.model.assemble import Llava
 from llava_pipeline.serving.pictures import Picture
-from llava_pipeline.serving.rows import Prefix, Rows, read_prefixes, read_suffixes, read_tokens
+from llava_pipeline.serving.rows import Prefix, Rows, read_prompts, read_suffixes, read_tokens
 from llava_pipeline.serving.sampling import Sampling, choose
 from llava_pipeline.serving.text import TextStream
 from llava_pipeline.training.features import tower_features
@@ -244,14 +244,12 @@ class Engine:
         Where that fails they are read one by one, so that what is wrong with one costs no other its answer.
         """
         try:
+            order, read = self._read(new)
+            rows = read if self.rows is None else self.rows.join(read)
             answers = [
                 _Answer(ask, TextStream(self.llava.processor.words, ask.sampling.stops), ask.sampling.generator())
-                for ask in new
+                for ask in order
             ]
-            cuts = [self._cut(ask.prompt) for ask in new]
-            prefixes = self._prefixes(new, [prefix for prefix, _ in cuts])
-            read = read_suffixes(self.llava.model, prefixes, [suffix for _, suffix in cuts])
-            rows = read if self.rows is None else self.rows.join(read)
         except Exception:
             if len(new) > 1:
                 for ask in new:
@@ -272,25 +270,35 @@ class Engine:
             raise ValueError("a prompt has at least one token behind its last picture")
         return tuple(prompt[:at]), tuple(prompt[at:])
 
-    def _prefixes(self, asks: list[Ask], begun: list[tuple[int, ...]]) -> list[Prefix]:
-        """What each conversation begins with, read now or before. Equal beginnings are read as one batch."""
+    def _read(self, asks: list[Ask]) -> tuple[list[Ask], Rows]:
+        """Conversations up to where their answers begin, in another order: who begins as somebody else did reads on
+        from there, the others are read whole."""
+        cuts = [self._cut(ask.prompt) for ask in asks]
         keys = [
             (ask.loaded.digest, prefix, tuple(picture.digest for picture in ask.pictures))
-            for ask, prefix in zip(asks, begun, strict=True)
+            for ask, (prefix, _) in zip(asks, cuts, strict=True)
         ]
         found = {key: self.prefixes.get(key) if key[1] else Prefix([]) for key in keys}
-        missing: dict[tuple[int, ...], dict[_Key, Ask]] = defaultdict(dict)
-        for key, ask in zip(keys, asks, strict=True):
-            if found[key] is None:
-                missing[key[1]].setdefault(key, ask)
-        seen = self._look([ask for some in missing.values() for ask in some.values()])
-        for prefix, some in missing.items():
-            projected = torch.stack([self._projected(ask, seen) for ask in some.values()])
-            for key, read in zip(some, read_prefixes(self.llava.model, prefix, projected), strict=True):
-                found[key] = read
-                if read.is_finite:  # what went wrong once is not kept
-                    self.prefixes.put(key, read)
-        return [found[key] or Prefix([]) for key in keys]
+        whole = [n for n, key in enumerate(keys) if found[key] is None and keys.index(key) == n]
+        rest = [n for n in range(len(asks)) if n not in whole]
+        parts = []
+        if whole:
+            rows, prefixes = self._read_whole([asks[n] for n in whole], [len(cuts[n][0]) for n in whole])
+            parts.append(rows)
+            for n, prefix in zip(whole, prefixes, strict=True):
+                found[keys[n]] = prefix
+                if prefix.is_finite:  # what went wrong once is not kept
+                    self.prefixes.put(keys[n], prefix)
+        if rest:
+            begun = [found[keys[n]] or Prefix([]) for n in rest]
+            parts.append(read_suffixes(self.llava.model, begun, [cuts[n][1] for n in rest]))
+        order = [asks[n] for n in whole + rest]
+        return order, parts[0] if len(parts) == 1 else parts[0].join(parts[1])
+
+    def _read_whole(self, asks: list[Ask], lengths: list[int]) -> tuple[Rows, list[Prefix]]:
+        seen = self._look(asks)
+        projected = [self._projected(ask, seen) for ask in asks]
+        return read_prompts(self.llava.model, [ask.prompt for ask in asks], projected, lengths)
 
     @torch.inference_mode()
     def _look(self, asks: list[Ask]) -> dict[str, Tensor]:

@@ -77,18 +77,37 @@ def _widened(rows: Rows, width: int) -> Rows:
 
 
 @torch.inference_mode()
-def read_prefixes(model: LlavaForConditionalGeneration, ids: Sequence[int], projected: Tensor) -> list[Prefix]:
-    """Read one beginning with several pictures: ``projected`` is (B, image tokens, D), in the order they are read."""
-    tokens = torch.tensor(ids, device=model.device)
-    embeddings = model.get_input_embeddings()(tokens)[None].repeat(len(projected), 1, 1)
-    embeddings[:, tokens == model.config.image_token_index] = projected.to(embeddings.dtype)
-    cache = DynamicCache(config=model.config.text_config)
-    model.model.language_model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
+def read_prompts(
+    model: LlavaForConditionalGeneration,
+    prompts: Sequence[Sequence[int]],
+    projected: Sequence[Tensor],
+    lengths: Sequence[int],
+) -> tuple[Rows, list[Prefix]]:
+    """Read whole prompts, and cut out the beginning of each, so many tokens long.
+
+    ``projected`` are (image tokens, D) of each prompt's pictures, in the order they are read.
+    """
+    width = max(map(len, prompts))
+    ids = torch.zeros((len(prompts), width), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    embeddings = model.get_input_embeddings()(ids)
+    embeddings[(ids == model.config.image_token_index) & (mask == 1)] = torch.cat(list(projected)).to(embeddings.dtype)
+    rows = _forward(model, embeddings, mask, DynamicCache(config=model.config.text_config))
     # Copies: a view of one row would hold the whole batch in memory, beyond what its bytes say.
-    return [
-        Prefix([(keys[row].clone(), values[row].clone()) for keys, values in _kept(cache)])
-        for row in range(len(projected))
+    prefixes = [
+        Prefix(
+            [
+                (keys[row, :, at : at + length].clone(), values[row, :, at : at + length].clone())
+                for keys, values in rows.kept
+            ]
+        )
+        for row, (at, length) in enumerate(zip((width - len(prompt) for prompt in prompts), lengths, strict=True))
     ]
+    return rows, prefixes
 
 
 @torch.inference_mode()

@@ -7,16 +7,17 @@ what would change the answer and cannot be done (tools, several answers, a schem
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
-from pydantic_core import ErrorDetails
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from llava_pipeline.serving.conversation import Turn
 from llava_pipeline.serving.sampling import Sampling
 
 MAX_MESSAGES, MAX_PARTS = 256, 64
+MAX_PARAM = 200  # characters of a name that are told back
+TAGS = ("text", "image_url", "system", "developer", "user", "assistant")  # alternatives of a part and of a message
 MAX_TOKENS = 1_000_000  # a context's length is what bounds them; this keeps numbers within reason
 Finish = Literal["stop", "length"]
 NO_TOOLS, AS_IS = "this model calls no tools", "this model's likelihoods are taken as they are"
@@ -47,11 +48,22 @@ class _Told(BaseModel):
 # ---- what a request may say ----
 
 
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("half_a_character", "Half of a surrogate pair is not text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]  # JSON can say what no tokenizer reads
+
+
 class TextPart(_Read):
     """Words."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ImageUrl(_Read):
@@ -79,8 +91,8 @@ def _kind(content: Any) -> str:
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 Parts = Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS)]
 TextParts = Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS)]
-Words = Annotated[Annotated[str, Tag("text")] | Annotated[TextParts, Tag("parts")], Discriminator(_kind)]
-Content = Annotated[Annotated[str, Tag("text")] | Annotated[Parts, Tag("parts")], Discriminator(_kind)]
+Words = Annotated[Annotated[Text, Tag("text")] | Annotated[TextParts, Tag("parts")], Discriminator(_kind)]
+Content = Annotated[Annotated[Text, Tag("text")] | Annotated[Parts, Tag("parts")], Discriminator(_kind)]
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
 
 
@@ -403,7 +415,8 @@ class Samples(_Told):
 
 def refusal_of(error: ErrorDetails) -> Rejected:
     """What is wrong with a request, by the first thing that was found."""
-    param = _param(tuple(part for part in error["loc"] if part != "body")) or None
+    loc = error["loc"][1:]  # without the part of the request that it was found in
+    param = _param(loc)[:MAX_PARAM] or None
     kind, context = error["type"], error.get("ctx", {})
     if kind == "json_invalid":
         return Rejected(400, "invalid_json", "The body is not JSON.")
@@ -415,7 +428,7 @@ def refusal_of(error: ErrorDetails) -> Rejected:
         key = str(context["discriminator"]).strip("'")
         expected = f", one of {context['expected_tags']}" if "expected_tags" in context else ""
         return Rejected(400, "invalid_value", f"{param}.{key} has to be given{expected}.", f"{param}.{key}")
-    if (name := next((str(part) for part in error["loc"] if part != "body"), "")) in UNSUPPORTED:
+    if (name := str(loc[0]) if loc else "") in UNSUPPORTED:
         return Rejected(400, "unsupported_parameter", f"{name}: {UNSUPPORTED[name]}.", param)
     message = error["msg"]
     return Rejected(400, "invalid_value", f"{param or 'The body'}: {message[:1].lower()}{message[1:]}.", param)
@@ -424,9 +437,9 @@ def refusal_of(error: ErrorDetails) -> Rejected:
 def _param(loc: tuple[int | str, ...]) -> str:
     """``messages[0].content[1].text`` from where Pydantic found it, without the names of the alternatives it tried."""
     written = ""
-    for before, part in pairwise(("", *loc)):
+    for before, part, after in zip(("", *loc), loc, (*loc[1:], None), strict=False):
         if isinstance(part, int):
             written += f"[{part}]"
-        elif not (isinstance(before, int) or before in ("content", "stop")):
+        elif not (before in ("content", "stop") or (isinstance(before, int) and part in TAGS and after is not None)):
             written += f".{part}" if written else part
     return written

@@ -1,8 +1,8 @@
-"""A real browser, and MLflow's own pages over recorded runs.
+"""A real browser, MLflow's own pages over recorded runs, and the chat page over a server.
 
 ``LLAVA_PIPELINE_SCREENSHOTS`` names a folder where the pages are kept as pictures. ``LLAVA_PIPELINE_BROWSED_HOME``
-names a home whose pages are looked at instead of small ones made here: two versions, the first one champion. Both
-together make those of docs/.
+names a home whose pages are looked at instead of small ones made here: two versions, the first one champion, the second
+one challenger. Both together make those of docs/.
 """
 
 from __future__ import annotations
@@ -12,16 +12,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 from PIL import Image
 from selenium import webdriver
-from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.chrome.service import Service
-from selenium.webdriver.common.by import By
-from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.wait import WebDriverWait
 
 from llava_pipeline.contracts import Evidence, Inspection
 from llava_pipeline.tracking import promotion, verdict
@@ -29,13 +24,14 @@ from llava_pipeline.tracking.client import connect
 from llava_pipeline.tracking.gate import decide
 from llava_pipeline.tracking.run import record
 from llava_pipeline.tracking.settings import FILE_VARIABLE, URI_VARIABLE, Settings
+from tests.browser.chat import Chat, ChatServer, serving_chat
+from tests.browser.window import Window
+from tests.serving.served import copied, trained_home
 from tests.tracking.conftest import build_evaluation, migrated_database, tiny_spec
 from tests.tracking.server import running
 
-__all__ = ["migrated_database"]
-T = TypeVar("T")
+__all__ = ["migrated_database", "trained_home"]
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-PATIENCE = 30  # seconds, for a page to show what it should
 HOME, SHOTS = "LLAVA_PIPELINE_BROWSED_HOME", "LLAVA_PIPELINE_SCREENSHOTS"
 MAX_SHOT_BYTES = 200_000
 Keep = Callable[[str], None]
@@ -62,40 +58,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
     driver = webdriver.Chrome(options=options, service=Service(DRIVER, env=os.environ | own))
     yield driver
     driver.quit()
-
-
-@dataclass(frozen=True)
-class Window:
-    """A browser on one site."""
-
-    driver: webdriver.Chrome
-    site: str
-
-    def open(self, path: str) -> None:
-        """Go to a page, anew."""
-        self.driver.get("about:blank")
-        self.driver.get(self.site + path)
-
-    def first(self, selector: str, text: str = "") -> WebElement:
-        """The first visible element of a CSS selector whose text holds ``text``, as soon as there is one."""
-        return self.until(
-            lambda: next(
-                (
-                    e
-                    for e in self.driver.find_elements(By.CSS_SELECTOR, selector)
-                    if e.is_displayed() and text in e.text
-                ),
-                None,
-            ),
-            f"{selector!r} with {text!r}",
-        )
-
-    def until(self, look: Callable[[], T | None], what: str) -> T:
-        """What a look gives as soon as it gives anything; pages that are still being drawn are looked at again."""
-        wait = WebDriverWait(self.driver, PATIENCE, 0.1, ignored_exceptions=[StaleElementReferenceException])
-        found = wait.until(lambda _: look(), f"nothing like {what} at {self.driver.current_url}")
-        assert found
-        return found
 
 
 @dataclass(frozen=True)
@@ -150,3 +112,32 @@ def keep(browser: webdriver.Chrome, tmp_path: Path) -> Keep:
         assert path.stat().st_size < MAX_SHOT_BYTES
 
     return shoot
+
+
+@pytest.fixture(scope="module")
+def chat_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChatServer]:
+    """A real server over a copy of a home with two versions, which may answer wrongly."""
+    known = os.environ.get(HOME)
+    home = Path(known) if known else request.getfixturevalue("trained_home")
+    with serving_chat(copied(home, tmp_path_factory.mktemp("chat") / "home")) as server:
+        yield server
+
+
+@pytest.fixture
+def chat(browser: webdriver.Chrome, chat_server: ChatServer) -> Iterator[Chat]:
+    """The chat page, not yet open."""
+    page = Chat(Window(browser, chat_server.served.url), chat_server)
+    browser.get_log("browser")  # what earlier tests left
+    yield page
+    page.forget_scripts()
+    page.cdp("Emulation.clearDeviceMetricsOverride")
+    page.cdp("Emulation.setEmulatedMedia", features=[])
+    browser.get("about:blank")
+
+
+@pytest.fixture
+def red(tmp_path: Path) -> Path:
+    """A picture."""
+    path = tmp_path / "red.png"
+    Image.new("RGB", (120, 80), "red").save(path)
+    return path

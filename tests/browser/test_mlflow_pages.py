@@ -7,7 +7,8 @@ from selenium.webdriver.common.keys import Keys
 
 from llava_pipeline.tracking import promotion, registry
 from llava_pipeline.tracking.client import connect, ensure_experiment
-from tests.browser.conftest import Keep, Pages, Window
+from tests.browser.conftest import Keep, Pages
+from tests.browser.window import Window
 
 CHART = "[data-testid=experiment-view-compare-runs-card]"
 

@@ -10,6 +10,11 @@ const LEADS = {
     429: "The server is busy.", 503: "The server is not ready.",
 }
 
+// What an error means to a person on this page, where the server's own sentence is for programs.
+const MEANS = {
+    context_length_exceeded: "That is more than the model can read at once. Ask less, or begin a new conversation.",
+}
+
 let models = [] // those served under an alias, the default first
 let picture = null // a data: URL, as it is sent
 let turns = [] // of this conversation: {question, picture, answers: {alias: text}, conversation: turns}
@@ -23,6 +28,10 @@ const el = (tag, properties = {}, ...children) => {
 }
 const stamp = (id) => $(id).content.firstElementChild.cloneNode(true)
 const titled = (alias) => alias.replace(/^./, (letter) => letter.toUpperCase())
+const counted = (number, thing) => `${number} ${thing}${number === 1 ? "" : "s"}`
+// "2.5794 [2.4574, 2.7038]" on two lines at most: the interval stays together.
+const rounded = (score) => score &&
+    String(score).replace(/\d+\.\d{3,}/g, (number) => Number(number).toFixed(2)).replace(", ", ",\u00a0")
 const chosen = () => document.querySelector("#who input:checked")?.value
 const say = (sentence) => ($("status").textContent = sentence) // to screen readers
 
@@ -72,8 +81,8 @@ async function request(path, options = {}, quiet = false) {
 
 async function refusal(response) {
     const { status, headers } = response
-    const said = (await response.json().catch(() => null))?.error?.message
-    const sentence = [LEADS[status], said].filter(Boolean).join(" ") || `The server answered ${status}.`
+    const { message, code } = (await response.json().catch(() => null))?.error ?? {}
+    const sentence = [LEADS[status], MEANS[code] ?? message].filter(Boolean).join(" ") || `The server answered ${status}.`
     const wait = Math.min(Number(headers.get("Retry-After")) || 0, LONGEST_WAIT)
     return new Refusal(sentence, status === 408 || status === 429 || status >= 500, wait)
 }
@@ -147,10 +156,15 @@ function answerPanel(alias) {
     return panel
 }
 
+function named(panel, model) {
+    panel.dataset.model = panel.querySelector("h3").title = model
+    panel.querySelector(".version").textContent = model.replace(/.*-v(?=\d+$)/, "version ")
+}
+
 async function answer(turn, panel, signal) {
     const find = (name) => panel.querySelector(name)
     const { alias } = panel.dataset
-    const [text, started, meta] = [new Text(), performance.now(), { model: "", first: "", tokens: "", end: "" }]
+    const [text, started, meta] = [new Text(), performance.now(), { first: "", tokens: "", end: "" }]
     const tell = () => (find(".meta").textContent = Object.values(meta).filter(Boolean).join(" · "))
     find(".text").replaceChildren(text)
     find(".text").ariaBusy = "true"
@@ -173,14 +187,13 @@ async function answer(turn, panel, signal) {
             const chunk = JSON.parse(data)
             if (chunk.error) throw new Refusal(`The answer broke off. ${chunk.error.message ?? ""}`, true)
             const choice = chunk.choices?.[0]
-            if (chunk.model) meta.model = panel.dataset.model = chunk.model
-            if (chunk.usage) meta.tokens = `${chunk.usage.completion_tokens} tokens`
+            if (chunk.model) named(panel, chunk.model)
+            if (chunk.usage) meta.tokens = counted(chunk.usage.completion_tokens, "token")
             if (choice?.finish_reason === "length") meta.end = `stops at ${MAX_TOKENS} tokens`
             if (choice?.delta?.content) {
                 meta.first ||= `first token in ${((performance.now() - started) / 1000).toFixed(2)} s`
                 text.appendData(choice.delta.content)
             }
-            find(".version").textContent = meta.model.replace(/.*-v(?=\d+$)/, "version ")
             tell()
         }
         if (!done) throw new Refusal("The connection ended before the answer did.", true)
@@ -333,12 +346,14 @@ async function poll() {
     }
 }
 
+let told // the timer that takes the notice of a swap away
 function serve(served) {
     const before = chosen()
     const swapped = served.filter((now) => models.some((was) => was.alias === now.alias && was.version !== now.version))
     if (swapped.length) {
         notice("swap", swapped.map((model) => `${titled(model.alias)}: now version ${model.version}.`).join(" "))
-        setTimeout(notice, 2 * POLL, "swap", "")
+        clearTimeout(told)
+        told = setTimeout(notice, 2 * POLL, "swap", "")
     }
     models = served
     const choices = models.map(({ alias }) => [alias, titled(alias)])
@@ -367,7 +382,7 @@ function showScores() {
         ...row("Right answers", share("exact_match")),
         ...row("With shuffled pictures", share("exact_match_shuffled", "other")),
         ...row("Likelihood of the true answer", share("likelihood")),
-        ...row("What seeing adds, in nats", (_, scores) => scores.grounding_gain),
+        ...row("What seeing adds, in nats", (_, scores) => rounded(scores.grounding_gain)),
         ...row("Digest", ({ digest }) => digest?.slice(0, 12)),
         ...row("Its run in MLflow", link),
     )
