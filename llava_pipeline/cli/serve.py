@@ -31,17 +31,20 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """Answer questions about pictures as OpenAI's chat completions, with whatever is champion."""
-    from llava_pipeline.serving import server
+    from llava_pipeline.serving import access as accesses
     from llava_pipeline.serving.keys import Keys
-    from llava_pipeline.serving.versions import Follower
-    from llava_pipeline.stages.serve import open_desk
     from llava_pipeline.tracking.settings import load_settings
 
     settings = load_settings()
-    access = server.Access(host, port, Keys.read(keys) if keys else None, frozenset(hosts), rows + waiting)
+    access = accesses.Access(host, port, Keys.read(keys) if keys else None, frozenset(hosts), rows + waiting)
     access.check()
+    accesses.check_image_hosts(frozenset(image_hosts))
     aliases = tuple(dict.fromkeys((alias or settings.registry.champion, *also)))
-    with server.bind(access) as bound:
+    with accesses.bind(access) as bound:
+        from llava_pipeline.serving import server
+        from llava_pipeline.serving.versions import Follower
+        from llava_pipeline.stages.serve import open_desk
+
         desk = open_desk(
             registered_model_of(profile), aliases, settings, rows, max(waiting, 1), frozenset(image_hosts), decoders
         )
@@ -50,7 +53,7 @@ def serve(
         def ready() -> None:
             main = desk.versions.main
             told = {
-                "url": server.address_of(bound), "model": desk.versions.name,
+                "url": accesses.address_of(bound), "model": desk.versions.name,
                 "version": main and main.bundle.version, "pid": os.getpid(),
             }  # fmt: skip
             show.document(told) if as_json else show.serving(told, aliases)

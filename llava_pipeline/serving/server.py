@@ -1,96 +1,25 @@
-"""uvicorn around the app and its guard: bound before the model is loaded, drained before it ends."""
+"""uvicorn around the app and its guard, drained before it ends."""
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import FrameType
 
 import uvicorn
 
-from llava_pipeline.errors import AddressRefused, NotServing
+from llava_pipeline.errors import NotServing
+from llava_pipeline.serving.access import Access
 from llava_pipeline.serving.answers import Desk
 from llava_pipeline.serving.app import PUBLIC, build
-from llava_pipeline.serving.guard import ANY_HOST, Guard
-from llava_pipeline.serving.keys import Keys
+from llava_pipeline.serving.guard import Guard
 from llava_pipeline.serving.protocol import Protocol
 
 log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 12 * 1024 * 1024  # a picture of 9 MB in base64
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 LAST_WORDS_SECONDS = 5.0  # for telling those who wait that they will not be answered
-
-
-@dataclass(frozen=True)
-class Access:
-    """Where questions come from, and who may ask.
-
-    Args:
-        hosts: further names in the Host header.
-        max_requests: questions under way at once; more are told to come again.
-    """
-
-    host: str
-    port: int
-    keys: Keys | None
-    hosts: frozenset[str]
-    max_requests: int
-
-    def check(self) -> None:
-        """Refuse an address that others reach without a key.
-
-        Raises:
-            AddressRefused: it is one.
-        """
-        if self.keys is None and not is_loopback(self.host):
-            raise AddressRefused(
-                f"others can reach {self.host}, so keys are needed: make one with `llava-pipeline key NAME --keys "
-                "FILE` and add --keys FILE, or serve on 127.0.0.1"
-            )
-
-    @property
-    def allowed_hosts(self) -> frozenset[str]:
-        """Names that are answered to: those given, or every one where the address says nothing and keys are asked."""
-        if not self.hosts and not is_loopback(self.host):
-            return frozenset({ANY_HOST})
-        return self.hosts | {*LOOPBACK}
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def bind(access: Access) -> socket.socket:
-    """The socket, before anything slow is done.
-
-    Raises:
-        AddressRefused: the address is not this machine's, or the port is taken.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(access.host, access.port, type=socket.SOCK_STREAM)[0]
-        # By its protocol asyncio knows that it is TCP, and sends small pieces at once: without it each costs 40 ms.
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        raise AddressRefused(
-            f"cannot serve on {access.host}:{access.port} ({error.strerror}); choose another --host or --port"
-        ) from error
-    return bound
-
-
-def address_of(bound: socket.socket) -> str:
-    """The URL of a bound socket."""
-    host, port = bound.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def serve(desk: Desk, access: Access, bound: socket.socket, seconds: float, ready: Callable[[], None]) -> None:
@@ -147,6 +76,8 @@ class Server(uvicorn.Server):
         finally:
             closing.cancel()
             await asyncio.to_thread(self._desk.engine.close, 0.0)
+            if self.force_exit:  # uvicorn leaves it out then, and the decoders would be cut off
+                await self.lifespan.shutdown()
 
     async def _close(self) -> None:
         """Tell those who were not answered in time."""

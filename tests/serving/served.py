@@ -1,6 +1,7 @@
-"""A real server over a real home: two versions of the pocket projector, trained for some steps, the first one champion.
+"""A real server over a real home: two versions of the pocket projector, the first one champion.
 
-They are trained once for all processes of a test run (some twenty seconds); each test that changes anything has a copy.
+The first is trained for some steps, the second is the first with noise; both are evaluated and recorded as every run
+is. They are made once for all processes of a test run; each test that changes anything has a copy.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +23,13 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from filelock import FileLock
 
-from llava_pipeline.contracts import Cursor
-from llava_pipeline.spec import RunSpec, load_spec
+from llava_pipeline import store
+from llava_pipeline.contracts import Cursor, TrainedProjector
+from llava_pipeline.model import projector
+from llava_pipeline.spec import load_spec
 from llava_pipeline.stages.assemble import assemble_and_freeze
 from llava_pipeline.stages.evaluate import evaluate_generations
 from llava_pipeline.stages.fetch import fetch_backbones
@@ -35,7 +41,21 @@ from llava_pipeline.tracking.settings import FILE_VARIABLE, URI_VARIABLE, Settin
 
 COMMAND = Path(sys.executable).with_name("llava-pipeline")
 NAME = "llava-projector-pocket"
-STEPS = (12, 18)
+SPEC = load_spec(
+    "pocket",
+    [
+        *("data.max_samples=640", "evaluation.max_samples=60", "training.device=cpu"),
+        *("training.max_steps=20", "training.samples_per_step=16"),
+    ],
+)
+NOISE = 0.5
+ADDRESSES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+    ("logged_models", "artifact_location"),
+)
 START_SECONDS, END_SECONDS = 120, 60
 
 
@@ -61,10 +81,8 @@ def served_home(trained_home: Path, tmp_path: Path) -> Path:
 def copied(home: Path, target: Path) -> Path:
     """A home of one's own; MLflow notes where artifacts are, so the addresses go along."""
     shutil.copytree(home, target)
-    import sqlite3
-
     with sqlite3.connect(target / "mlflow.db") as database:
-        for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("model_versions", "source"), ("model_versions", "storage_location"), ("logged_models", "artifact_location")):  # fmt: skip  # noqa: E501
+        for table, column in ADDRESSES:
             database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(home), str(target)))
     return target
 
@@ -86,23 +104,35 @@ def _train(folder: Path, patch: pytest.MonkeyPatch) -> None:
     for variable in (URI_VARIABLE, FILE_VARIABLE, "MLFLOW_REGISTRY_URI"):
         patch.delenv(variable, raising=False)
     patch.chdir(folder / "work")
-    for steps in STEPS:
-        _record(_spec(steps))
+    model = assemble_and_freeze(fetch_backbones(SPEC.backbones), SPEC.model)
+    data = validate_stream(model, SPEC.data, SPEC.evaluation.max_samples, lambda *_: Cursor())
+    trained = train_projector(model, data, SPEC.training)
+    for one in (trained, _with_noise(trained)):
+        record(SPEC, evaluate_generations(one, data.held_out, SPEC.evaluation), Settings(), {})
     point(folder, "champion", "1")
     point(folder, "challenger", "2")
     shutil.rmtree(folder / "training", ignore_errors=True)
 
 
-def _spec(steps: int) -> RunSpec:
-    small = ["data.max_samples=640", "evaluation.max_samples=60", "training.device=cpu", "training.precision=fp32"]
-    return load_spec("pocket", [f"training.max_steps={steps}", f"training.seed={steps}", *small])
+def _with_noise(trained: TrainedProjector) -> TrainedProjector:
+    """One that answers otherwise, saved as every projector is."""
+    state = projector.load(store.open_artifact(trained.projector), trained.model)
+    generator = torch.Generator().manual_seed(1)
+    noisy = {
+        name: tensor + NOISE * tensor.std() * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in state.items()
+    }
+    with store.writing("projector") as (folder, done):
+        projector.save(folder, noisy, trained.model, {})
+    return trained.model_copy(update={"projector": done[0]})
 
 
-def _record(spec: RunSpec) -> None:
-    model = assemble_and_freeze(fetch_backbones(spec.backbones), spec.model)
-    data = validate_stream(model, spec.data, spec.evaluation.max_samples, lambda *_: Cursor())
-    trained = train_projector(model, data, spec.training)
-    record(spec, evaluate_generations(trained, data.held_out, spec.evaluation), Settings(), {})
+@pytest.fixture(scope="session")
+def shared_server(trained_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """For tests that change nothing: champion and challenger."""
+    home = copied(trained_home, tmp_path_factory.mktemp("shared") / "home")
+    with serving(home, "--also", "challenger") as served:
+        yield served
 
 
 @dataclass
@@ -174,6 +204,4 @@ def serving(home: Path, *arguments: str, **environment: str) -> Iterator[Served]
 
 def data_uri(path: Path, kind: str = "image/png") -> str:
     """A picture as clients send it."""
-    from base64 import b64encode
-
     return f"data:{kind};base64,{b64encode(path.read_bytes()).decode()}"
