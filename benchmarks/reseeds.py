@@ -2,6 +2,7 @@
 
     python benchmarks/reseeds.py                        # 20 seeds; goes to benchmarks/results/reseeds.json
     python benchmarks/reseeds.py --home DIR --json      # the runs are kept; again, what was trained is reused
+    python benchmarks/reseeds.py --home COPY --seeds 14-20 --add FIRST.json   # some of them, and what is there already
 
 A champion is trained for 60 steps and promoted. Each challenger is trained for 160 steps from other first weights and
 in another order, over the same rows, and is weighed by the gate against that same champion: ``registry.approval:
@@ -60,20 +61,29 @@ def champion(profile: str) -> dict[str, Any]:
     return told | {"version": command("history", "--profile", profile)[-1]["to"]}
 
 
-def bench(seeds: int, profile: str, output: Path) -> dict[str, Any]:
-    """The champion, then seed after seed; what is there is written each time."""
+def bench(seeds: range, profile: str, output: Path, added: list[dict[str, Any]]) -> dict[str, Any]:
+    """The champion, then seed after seed; what is there is written each time.
+
+    Args:
+        added: results of other seeds against the same champion, in a copy of this home.
+    """
     result: dict[str, Any] = {
-        "command": f"python benchmarks/reseeds.py --seeds {seeds}", "profile": profile, "machine": machine(),
+        "command": f"python benchmarks/reseeds.py {' '.join(sys.argv[1:])}".rstrip(),
+        "profile": profile, "machine": machine(),
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
         "measured": datetime.now(UTC).isoformat(timespec="seconds"), "champion": champion(profile), "challengers": [],
     }  # fmt: skip
-    for seed in range(1, seeds + 1):
+    for other in added:
+        if any(other["champion"][key] != result["champion"][key] for key in ("steps", "version", *SCORES)):
+            raise SystemExit("what is added was compared with another champion")
+        result["challengers"] += other["challengers"]
+    for seed in seeds:
         told = train(seed, STEPS, profile)
         if told["champion"] != result["champion"]["version"]:
             raise SystemExit(f"the champion moved to {told['champion']}; the seeds are not compared with the same one")
-        result["challengers"].append(told)
+        result["challengers"] = sorted([*result["challengers"], told], key=lambda one: one["seed"])
         refused = [one["seed"] for one in result["challengers"] if one["refused"]]
-        result |= {"num_challengers": seed, "num_refused": len(refused), "refused_seeds": refused}
+        result |= {"num_challengers": len(result["challengers"]), "num_refused": len(refused), "refused_seeds": refused}
         output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         scores = f"exact match {told['exact_match']}, likelihood {told['likelihood']}"
         by = ", ".join(told["refused"]) or "no rule"
@@ -81,9 +91,16 @@ def bench(seeds: int, profile: str, output: Path) -> dict[str, Any]:
     return result
 
 
+def seeds_of(text: str) -> range:
+    """``20`` is the first twenty, ``14-20`` seven of them."""
+    first, _, last = text.rpartition("-")
+    return range(int(first or 1), int(last) + 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--seeds", type=seeds_of, default=range(1, 21), help="20, or 14-20.")
+    parser.add_argument("--add", type=Path, action="append", default=[], help="A result of other seeds.")
     parser.add_argument("--profile", default="pocket")
     parser.add_argument("--home", type=Path, help="Where the runs are kept; a folder that is deleted afterwards.")
     parser.add_argument("--output", type=Path, default=RESULTS / "reseeds.json")
@@ -97,7 +114,8 @@ def main() -> None:
         }
         for variable in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_HOME"):
             os.environ.pop(variable, None)
-        result = bench(arguments.seeds, arguments.profile, arguments.output)
+        added = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.add]
+        result = bench(arguments.seeds, arguments.profile, arguments.output, added)
     if arguments.json:
         print(json.dumps(result))
     else:

@@ -14,10 +14,14 @@ from llava_pipeline.model.assemble import Llava
 from llava_pipeline.serving.engine import Loaded
 from llava_pipeline.serving.pictures import Picture, picture_of
 from llava_pipeline.tracking.settings import FILE_VARIABLE, URI_VARIABLE, Settings
+from tests.serving.served import served_home, shared_server, trained_home
 from tests.tiny import assembled, backbones, home, lively, llava, processor, shared
 from tests.tracking.conftest import migrated_database
 
-__all__ = ["assembled", "backbones", "home", "lively", "llava", "migrated_database", "processor", "shared"]
+__all__ = [
+    "assembled", "backbones", "home", "lively", "llava", "migrated_database", "processor", "served_home", "shared",
+    "shared_server", "trained_home",
+]  # fmt: skip
 
 
 def picture(llava: Llava, number: int) -> Picture:

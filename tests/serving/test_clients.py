@@ -22,9 +22,8 @@ import httpx2
 import openai
 import pytest
 
-from tests.serving.served import COMMAND, Served, copied, serving, trained_home
+from tests.serving.served import COMMAND, Served, copied, serving
 
-__all__ = ["trained_home"]
 MODEL = "llava-projector-pocket-v1"
 QUESTION = "What is the color of the shape?"
 

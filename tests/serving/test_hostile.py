@@ -21,9 +21,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.serving.served import Served, shared_server, trained_home
+from tests.serving.served import Served
 
-__all__ = ["shared_server", "trained_home"]
 PATH = "/v1/chat/completions"
 TELLS = re.compile(r"Traceback|\.py\b|line \d+|/home/|/tmp/|/usr/|site-packages|mlflow|sqlite|0x[0-9a-f]{6}|pydantic")
 ADDRESSES = re.compile(r"127\.0\.0\.1|169\.254|localhost|\[::1\]|2130706433")

@@ -14,9 +14,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.serving.served import Served, shared_server, trained_home
+from tests.serving.served import Served
 
-__all__ = ["shared_server", "trained_home"]
 OPERATIONS = [
     ("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/{name}"), ("GET", "/healthz"),
     ("GET", "/readyz"), ("GET", "/metrics"), ("GET", "/samples"), ("GET", "/samples/{name}"),

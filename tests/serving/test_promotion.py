@@ -12,9 +12,7 @@ from llava_pipeline.errors import NotPromoted
 from llava_pipeline.tracking import promotion, registry
 from llava_pipeline.tracking.client import connect
 from llava_pipeline.tracking.settings import Settings
-from tests.serving.served import NAME, Served, served_home, serving, settings_of, trained_home
-
-__all__ = ["served_home", "trained_home"]
+from tests.serving.served import NAME, Served, serving, settings_of
 
 
 @pytest.fixture

@@ -22,21 +22,17 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.serving.served import (  # fmt: skip
+from tests.serving.served import (
     COMMAND,
     NAME,
     Served,
     copied,
     data_uri,
     point,
-    served_home,
     serving,
     settings_of,
-    shared_server,
-    trained_home,
 )
 
-__all__ = ["served_home", "shared_server", "trained_home"]
 QUESTIONS = ("Is there a circle?", "What is the color of the shape?", "Describe the picture.", "How many shapes?")
 Answer = dict[str, Any]
 
