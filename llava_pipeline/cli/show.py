@@ -170,6 +170,10 @@ def pages(pictures: list[Path], spec: RunSpec, decision: str) -> None:
     print(f"Runs, curves, answers in MLflow (then open http://{settings.ui.host}:{settings.ui.port}):\n  {mlflow}")
     print(f"The flow's stages in Prefect (then open http://127.0.0.1:4200):\n  {prefect}")
     print(f"Ask it yourself:\n  {ask}")
+    serve = ".venv/bin/llava-pipeline serve" + ("" if spec.profile == "pocket" else f" --profile {spec.profile}")
+    if decision != "promoted":
+        serve += " --alias challenger"
+    print(f"Or on a page, and from programs (then open http://127.0.0.1:8000):\n  {serve}")
 
 
 def serving(told: dict[str, Any], aliases: Sequence[str]) -> None:
