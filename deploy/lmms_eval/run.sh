@@ -14,7 +14,7 @@ venv=$root/.venv-lmms-eval
 torch=$(sed -n 's/^TORCH_VERSION=//p' ../setup.sh)
 [ $# -gt 0 ] || { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 
-if [ ! -x "$venv/bin/lmms-eval" ]; then
+if [ ! -e "$venv/done" ]; then
     echo "lmms-eval: installing it into $venv (a gigabyte) ..." >&2
     python3 -m venv "$venv"
     # The build that the pipeline itself has: lmms-eval asks for any torch, which would be the one for CUDA.
@@ -23,12 +23,14 @@ if [ ! -x "$venv/bin/lmms-eval" ]; then
     "$venv/bin/pip" install --quiet "torch==$torch" lmms-eval==0.7.3 "filelock<3.21"
     # Asking a server needs no torchvision, and one of another build than torch's keeps transformers from being imported.
     "$venv/bin/pip" uninstall --quiet --yes torchvision
+    touch "$venv/done"
 fi
 
 if [[ " $* " == *" scenes "* ]]; then
     "$root/.venv/bin/python" scenes.py tasks/scenes.parquet
 fi
 names=$*
+export OPENAI_API_KEY=${API_KEY:-none} # in the environment: anybody can read a command line
 exec "$venv/bin/python" -m lmms_eval --model openai --tasks "${names// /,}" --include_path tasks \
-    --model_args "base_url=${URL:-http://127.0.0.1:8000}/v1,model_version=${MODEL:-champion},api_key=${API_KEY:-none},num_concurrent=8,timeout=120" \
+    --model_args "base_url=${URL:-http://127.0.0.1:8000}/v1,model_version=${MODEL:-champion},num_concurrent=8,timeout=120" \
     --batch_size 1 ${LIMIT:+--limit "$LIMIT"} --output_path "$root/lmms-eval-results"

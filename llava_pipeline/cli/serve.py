@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +11,10 @@ import typer
 
 from llava_pipeline.cli import show
 from llava_pipeline.cli.app import AsJson, Profile, app, registered_model_of
+from llava_pipeline.errors import SpecError
 
 DRAIN_SECONDS = 30.0
+ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @app.command()
@@ -40,6 +43,9 @@ def serve(
     access.check()
     accesses.check_image_hosts(frozenset(image_hosts))
     aliases = tuple(dict.fromkeys((alias or settings.registry.champion, *also)))
+    for name in aliases:
+        if not ALIAS.fullmatch(name):
+            raise SpecError(f"{name!r} is no alias; it has letters, digits, dots, hyphens and underscores")
     with accesses.bind(access) as bound:
         from llava_pipeline.serving import server
         from llava_pipeline.serving.versions import Follower

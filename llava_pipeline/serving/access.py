@@ -11,6 +11,7 @@ from llava_pipeline.serving.guard import ANY_HOST
 from llava_pipeline.serving.image_urls import read_allowed_hosts
 from llava_pipeline.serving.keys import Keys
 
+BACKLOG = 512
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -43,10 +44,11 @@ class Access:
 
     @property
     def allowed_hosts(self) -> frozenset[str]:
-        """Names that are answered to: those given, or every one where the address says nothing and keys are asked."""
+        """Names that are answered to: those given and the address, or all where keys are asked and no name is given."""
         if not self.hosts and not is_loopback(self.host):
             return frozenset({ANY_HOST})
-        return self.hosts | {*LOOPBACK}
+        own = f"[{self.host}]" if ":" in self.host else self.host
+        return self.hosts | {*LOOPBACK, own}
 
 
 def is_loopback(host: str) -> bool:
@@ -66,7 +68,9 @@ def check_image_hosts(hosts: frozenset[str]) -> None:
     try:
         read_allowed_hosts(hosts)
     except ValueError as error:
-        raise AddressRefused(f"--image-host: {error}") from error
+        raise AddressRefused(
+            f"--image-host: {error}; name hosts, as images.example.org or images.example.org:8443"
+        ) from error
 
 
 def bind(access: Access) -> socket.socket:
@@ -81,6 +85,7 @@ def bind(access: Access) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen(BACKLOG)  # so that a second server on the port is told so now; who connects waits for the model
     except OSError as error:
         raise AddressRefused(
             f"cannot serve on {access.host}:{access.port} ({error.strerror}); choose another --host or --port"

@@ -108,13 +108,17 @@ class Desk:
         Raises:
             Rejected: it cannot be answered, or not now.
         """
-        began = time.monotonic()
+        began, loop = time.monotonic(), asyncio.get_running_loop()
+        deadline = loop.time() + self._limits.answer_seconds
         version = self._version(request.model)
         pictures = wire.pictures_of(request)
         prompt = await self._prompt(wire.turns_of(request.messages), len(pictures))
         longest = self._longest(request, len(prompt))
-        seen = [await self._picture(param, url) for param, url in pictures]
-        deadline = asyncio.get_running_loop().time() + self._limits.answer_seconds
+        try:
+            async with asyncio.timeout(self._limits.waiting_seconds):
+                seen = [await self._picture(param, url) for param, url in pictures]
+        except TimeoutError:
+            raise Rejected(503, *WHY["late"], retry_after=RETRY_SECONDS) from None
         answer = Answer(version, len(prompt), len(pictures) * self._processor.num_image_tokens, deadline)
         late = began + self._limits.waiting_seconds
         answer.ask = Ask(version.loaded, prompt, seen, request.sampling(longest), late, answer.tell)

@@ -18,6 +18,7 @@ from fastapi import FastAPI, Request
 from fastapi import Path as PathPart
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from prometheus_client import Counter
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -26,8 +27,9 @@ from llava_pipeline.serving import wire
 from llava_pipeline.serving.answers import Answer, Desk
 from llava_pipeline.serving.engine import Piece
 from llava_pipeline.serving.guard import error_object
-from llava_pipeline.serving.versions import Version
+from llava_pipeline.serving.versions import Version, Versions
 from llava_pipeline.serving.wire import ChatRequest, Rejected
+from llava_pipeline.tracking.bundle import Bundle
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -38,9 +40,11 @@ PAGE_FILES = {
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
 }
-PUBLIC = frozenset({*PAGE_FILES, "/healthz", "/readyz"})
+PROBES = frozenset({"/healthz", "/readyz"})
+PUBLIC = PROBES | {*PAGE_FILES}
 PING_SECONDS = 15.0
 STUCK_SECONDS = 120.0  # of an engine that does not come round; one step of a large batch takes seconds
+MAX_FAILURES = 3  # steps of the engine in a row
 GONE = 499  # nobody reads it
 NUM_SAMPLES = 8
 REFUSALS = (400, 401, 403, 404, 405, 408, 413, 415, 429, 503)
@@ -71,10 +75,7 @@ def build(desk: Desk) -> FastAPI:
         redirect_slashes=False,  # to http:// also where people came by https://, with their key
     )  # fmt: skip
     app.state.draining = False
-    app.add_exception_handler(Exception, _unexpected)
-    app.add_exception_handler(HTTPException, _no_route)
-    app.add_exception_handler(RequestValidationError, _not_valid)
-    app.add_exception_handler(Rejected, _rejected)
+    _add_refusals(app, desk)
     _add_chat(app, desk)
     _add_models(app, desk)
     _add_health(app, desk)
@@ -101,16 +102,14 @@ def _add_chat(app: FastAPI, desk: Desk) -> None:
         try:
             answer, first = await _unless_left(request.receive, _first(desk, asked))
         except _Left:
+            desk.metrics.failed.labels("left").inc()
             return Response(status_code=GONE)
-        except Rejected as rejected:
-            desk.metrics.failed.labels(rejected.code).inc()
-            raise
         desk.metrics.queue.observe(answer.waited)
         desk.metrics.time_to_first_token.observe(time.monotonic() - began)
         headers = {"x-request-id": answer.id, "x-model-version": answer.version.bundle.version}
         watched = _watched(desk, answer, first, request.scope["state"].get("key_name"))
         if asked.stream:
-            return _Events(_written(answer, watched, asked.with_usage), answer, headers)
+            return _Events(_written(answer, watched, asked.with_usage, desk.metrics.failed), answer, headers)
         try:
             told = await _unless_left(request.receive, _whole(answer, watched))
         except _Left:
@@ -131,8 +130,9 @@ async def _first(desk: Desk, asked: ChatRequest) -> tuple[Answer, Piece]:
 
 async def _watched(desk: Desk, answer: Answer, piece: Piece, key_name: str | None) -> AsyncIterator[Piece]:
     """An answer's pieces, counted and timed."""
-    metrics, last, began = desk.metrics, time.monotonic(), time.monotonic()
+    metrics, last = desk.metrics, time.monotonic()
     ended: str = "left"
+    failed = False
     try:
         while True:
             ended = piece.ended or ended  # before it is given out: who has the last piece asks for no more
@@ -145,12 +145,14 @@ async def _watched(desk: Desk, answer: Answer, piece: Piece, key_name: str | Non
             metrics.inter_token.observe((now - last) / max(1, piece.num_tokens - before))
             last = now
     except Rejected as rejected:
-        ended = rejected.code
+        ended, failed = rejected.code, True
         raise
     finally:
+        began = last if answer.ask is None else answer.ask.asked_at
         metrics.prompt_tokens.inc(answer.num_prompt_tokens)
         metrics.generated_tokens.inc(answer.num_tokens)
-        metrics.answered.labels(ended).inc()
+        if not failed:
+            metrics.answered.labels(ended).inc()
         log.info(
             "%s %s %s: %d tokens read, %d written, %s after %.2f s", answer.id, answer.version.name, key_name or "-",
             answer.num_prompt_tokens, answer.num_tokens, ended, time.monotonic() - began,
@@ -169,7 +171,9 @@ async def _whole(answer: Answer, pieces: AsyncIterator[Piece]) -> wire.Completio
     )  # fmt: skip
 
 
-async def _written(answer: Answer, pieces: AsyncIterator[Piece], with_usage: bool) -> AsyncIterator[str]:
+async def _written(
+    answer: Answer, pieces: AsyncIterator[Piece], with_usage: bool, failed: Counter
+) -> AsyncIterator[str]:  # fmt: skip
     """An answer as server-sent events: who speaks, what it says, why it ends, what it took."""
 
     def chunk(*choices: wire.ChunkChoice, **more: Any) -> str:
@@ -191,6 +195,7 @@ async def _written(answer: Answer, pieces: AsyncIterator[Piece], with_usage: boo
                 yield chunk(wire.ChunkChoice(delta=wire.Delta(content=piece.text)))
             ended = piece.ended
     except Rejected as rejected:
+        failed.labels(rejected.code).inc()
         yield _event(error_object(rejected.status, rejected.code, rejected.message))
         return
     yield chunk(wire.ChunkChoice(delta=wire.Delta(), finish_reason=ended))
@@ -317,7 +322,8 @@ def _add_health(app: FastAPI, desk: Desk) -> None:
         await asyncio.sleep(0)
         now = time.monotonic()
         still = now - desk.engine.beat
-        healthy = desk.engine.thread.is_alive() and still < STUCK_SECONDS
+        works = desk.engine.thread.is_alive() and desk.engine.num_failures < MAX_FAILURES
+        healthy = works and still < STUCK_SECONDS
         told = wire.Health(healthy=healthy, loop_seconds=round(now - asked, 4), engine_seconds=round(still, 1))
         return JSONResponse(told.model_dump(), 200 if healthy else 503)
 
@@ -329,7 +335,7 @@ def _add_health(app: FastAPI, desk: Desk) -> None:
         told = wire.Ready(
             ready=ready, model=desk.versions.name, version=main and main.bundle.version,
             run_id=main and main.bundle.run_id, digest=main and main.bundle.projector_digest,
-            loaded_at=main and main.loaded_at, last_error=_outline(desk.versions.last_error),
+            loaded_at=main and main.loaded_at, last_error=_outline(desk.versions),
         )  # fmt: skip
         return JSONResponse(told.model_dump(), 200 if ready else 503)
 
@@ -339,9 +345,11 @@ def _add_health(app: FastAPI, desk: Desk) -> None:
         return Response(desk.metrics.written(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _outline(told: str | None) -> str | None:
-    """Anybody may read it, so it has no path and no address; those stand in the log."""
-    return told and f"{told.partition(': ')[0]}; the server's log says why"
+def _outline(versions: Versions) -> str | None:
+    """What keeps an alias from being followed. Anybody may read it: paths and addresses stand in the log alone."""
+    problems = versions.problems
+    told = [f"{alias}: {problems[alias].partition(': ')[0]}" for alias in versions.aliases if alias in problems]
+    return f"{', '.join(told)}; the server's log says why" if told else None
 
 
 def _add_page(app: FastAPI, desk: Desk) -> None:
@@ -352,16 +360,20 @@ def _add_page(app: FastAPI, desk: Desk) -> None:
     async def samples() -> wire.Samples:
         """Questions to begin with, of those that the default model was evaluated on."""
         main = desk.versions.main
-        return wire.Samples(data=[] if main is None else await asyncio.to_thread(_samples, main.bundle.folder))
+        return wire.Samples(data=[] if main is None else await asyncio.to_thread(_samples, main.bundle))
 
-    @app.get("/samples/{name}", response_class=Response, responses=IMAGE)
-    async def sample(name: Annotated[str, PathPart(pattern=r"^[0-9]{6}\.webp$")]) -> Response:
-        """The picture of one."""
-        main = desk.versions.main
-        path = None if main is None else main.bundle.folder / "samples" / name
-        if path is None or not path.is_file():
-            raise Rejected(404, "not_found", "There is no such picture.")
-        return FileResponse(path, media_type="image/webp")
+    @app.get("/samples/{version}/{name}", response_class=Response, responses=IMAGE)
+    async def sample(
+        version: Annotated[str, PathPart(pattern=r"^[0-9]{1,9}$")],
+        name: Annotated[str, PathPart(pattern=r"^[0-9]{6}\.webp$")],
+    ) -> Response:
+        """The picture of one, of a version that answers."""
+        for one in desk.versions.by_alias.values():
+            if one.bundle.version == version:
+                with contextlib.suppress(OSError):  # it has no such picture, or no longer
+                    data = await asyncio.to_thread((one.bundle.folder / "samples" / name).read_bytes)
+                    return Response(data, media_type="image/webp")
+        raise Rejected(404, "not_found", "There is no such picture.")
 
 
 def _file(path: Path, kind: str) -> Any:
@@ -371,45 +383,46 @@ def _file(path: Path, kind: str) -> Any:
     return serve
 
 
-def _samples(folder: Path) -> list[wire.Sample]:
-    """The first ones of each true answer, answered rightly or not, of the version in a folder."""
-    try:
-        table = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # runs of former versions have none
-        return []
+def _samples(bundle: Bundle) -> list[wire.Sample]:
+    """The first ones of each true answer, answered rightly or not."""
     found: dict[str, wire.Sample] = {}
-    for values in table["data"]:
-        row = dict(zip(table["columns"], values, strict=True))
-        name = Path(row["picture"]["filepath"]).name
-        if (folder / "samples" / name).is_file():
-            told = wire.Sample(picture=f"/samples/{name}", question=row["question"], truth=row["truth"])
-            found.setdefault(row["truth"], told)
+    try:
+        table = json.loads((bundle.folder / "samples.json").read_text(encoding="utf-8"))
+        for values in table["data"]:
+            row = dict(zip(table["columns"], values, strict=True))
+            name = Path(row["picture"]["filepath"]).name
+            path = f"/samples/{bundle.version}/{name}"
+            if (bundle.folder / "samples" / name).is_file():
+                told = wire.Sample(picture=path, question=row["question"], truth=row["truth"])
+                found.setdefault(row["truth"], told)
+    except (OSError, ValueError, KeyError, TypeError):  # versions of other times have none, or in another form
+        log.debug("version %s has no samples", bundle.version, exc_info=True)
     return list(found.values())[:NUM_SAMPLES]
 
 
-async def _unexpected(_: Request, error: Exception) -> Response:
-    log.error("a request failed", exc_info=error)
-    return JSONResponse(error_object(500, "internal_error", "internal error"), 500)
+def _add_refusals(app: FastAPI, desk: Desk) -> None:
+    """What went wrong as OpenAI's clients read it; each is counted by its code."""
 
+    def told(status: int, code: str, message: str, param: str | None = None, **headers: str) -> Response:
+        desk.metrics.failed.labels(code).inc()
+        return JSONResponse(error_object(status, code, message, param), status, headers)
 
-async def _no_route(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    code = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "refused")
-    message = "The body is not JSON." if error.status_code == 400 else "There is nothing here for this request."
-    return JSONResponse(error_object(error.status_code, code, message), error.status_code, error.headers)
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> Response:
+        log.error("a request failed", exc_info=error)
+        return told(500, "internal_error", "internal error")
 
+    @app.exception_handler(HTTPException)
+    async def no_route(_: Request, error: HTTPException) -> Response:
+        code = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "refused")
+        message = "The body is not JSON." if error.status_code == 400 else "There is nothing here for this request."
+        return told(error.status_code, code, message, **dict(error.headers or {}))
 
-async def _not_valid(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    return _told(wire.refusal_of(error.errors()[0]))
+    @app.exception_handler(RequestValidationError)
+    async def not_valid(request: Request, error: RequestValidationError) -> Response:
+        return await rejected(request, wire.refusal_of(error.errors()[0]))
 
-
-async def _rejected(_: Request, error: Exception) -> Response:
-    assert isinstance(error, Rejected)
-    return _told(error)
-
-
-def _told(rejected: Rejected) -> Response:
-    headers = {} if rejected.retry_after is None else {"retry-after": str(rejected.retry_after)}
-    body = error_object(rejected.status, rejected.code, rejected.message, rejected.param)
-    return JSONResponse(body, rejected.status, headers)
+    @app.exception_handler(Rejected)
+    async def rejected(_: Request, error: Rejected) -> Response:
+        again = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
+        return told(error.status, error.code, error.message, error.param, **again)

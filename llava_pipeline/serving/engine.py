@@ -127,6 +127,7 @@ class Engine:
         self.changed = threading.Condition()
         self.owed: set[Ask] = set()  # taken, and not told an end yet; whoever tells one holds ``changed``
         self.closing = False
+        self.num_failures = 0  # steps in a row that failed: a card that is lost fails every one
         self.beat = time.monotonic()  # when the thread last came round: who stands still is not healthy
         self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self.thread.start()
@@ -208,7 +209,9 @@ class Engine:
                     self._begin(new)
                 if self.answers:
                     self._step()
+                    self.num_failures = 0
             except Exception:
+                self.num_failures += 1
                 log.exception("the model failed; those who were being answered are told")
                 self._fail([*new, *(answer.ask for answer in self.answers)])
 

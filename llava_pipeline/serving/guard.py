@@ -68,13 +68,19 @@ class _Gone(Exception):
     """The client left before its request was whole."""
 
 
+class _NotRead(Exception):
+    """The client does not read its answer."""
+
+
 class Guard:
     """An ASGI app around another. ``max_body_bytes`` and ``body_seconds`` bound the body of a POST.
 
     ``allowed_hosts`` are names without a port (any port is meant) or with one; ``*`` allows every well-formed one, and
     wants keys. ``public`` are the exact paths that need no key. The name of the key, or None, is in
-    ``scope["state"]["key_name"]``. ``max_requests`` is how many POSTs may be under way, from their first byte to the
-    last of their answer; ``draining`` admits no more of them. ``refused`` is told the code of every refusal.
+    ``scope["state"]["key_name"]``. ``probes`` are those of them that are asked by any name, as balancers do by a
+    number. ``max_requests`` is how many POSTs may be under way, from their first byte to the last of their answer;
+    ``draining`` admits no more of them. ``refused`` is told the code of every refusal. Who does not read within
+    ``send_seconds`` is left.
     """
 
     draining = False
@@ -90,6 +96,8 @@ class Guard:
         body_seconds: float = 30.0,
         max_requests: int | None = None,
         refused: Callable[[str], None] = lambda _: None,
+        probes: frozenset[str] = frozenset(),
+        send_seconds: float = 60.0,
     ) -> None:
         if keys is None and ANY_HOST in allowed_hosts:
             raise ValueError("a server that answers to every host name needs keys")
@@ -97,6 +105,7 @@ class Guard:
         self._max_body_bytes, self._body_seconds = max_body_bytes, body_seconds
         self._hosts = frozenset(host.lower().encode() for host in allowed_hosts)
         self._max_requests, self._num_requests, self._refused = max_requests, 0, refused
+        self._probes, self._send_seconds = probes, send_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -104,7 +113,10 @@ class Guard:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         elif scope["type"] == "http":
-            await self._http(scope, receive, send)
+            try:
+                await self._http(scope, receive, send)
+            except _NotRead:
+                log.warning("a client did not read its answer for %g s; it is left", self._send_seconds)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun = False
@@ -113,7 +125,11 @@ class Guard:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun, message = True, {**message, "headers": with_headers(message.get("headers", ()))}
-            await send(message)
+            try:
+                async with asyncio.timeout(self._send_seconds):  # who does not read keeps nobody's place for ever
+                    await send(message)
+            except TimeoutError:
+                raise _NotRead from None
 
         try:
             state = {**scope.get("state", {}), "key_name": self._admit(scope)}
@@ -130,6 +146,8 @@ class Guard:
             await self._refuse(refused, scope, receive, protected)
         except _Gone:
             return
+        except _NotRead:
+            raise
         except Exception:
             if begun:
                 raise  # the server cuts the connection: half an answer must not look like one
@@ -145,7 +163,7 @@ class Guard:
     def _admit(self, scope: Scope) -> str | None:
         """The name of the key, None where none is needed; nothing of the body is read."""
         headers = _Headers(scope)
-        host = self._check_host(headers)
+        host = self._check_host(headers, scope["path"])
         _check_path(scope)
         if scope["method"] not in METHODS:
             raise Refused(
@@ -166,13 +184,13 @@ class Guard:
         if self._max_requests is not None and self._num_requests >= self._max_requests:
             raise Refused(429, "rate_limit_exceeded", "As many questions are under way as may. Try again.", again)
 
-    def _check_host(self, headers: _Headers) -> bytes:
+    def _check_host(self, headers: _Headers, path: str) -> bytes:
         hosts = headers.all(b"host")
         match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
         if match is None:
             raise Refused(400, "invalid_host", "The request has no well-formed Host header, or more than one.")
         host = hosts[0].lower()
-        if not self._hosts & {host, match[1].lower(), ANY_HOST.encode()}:
+        if path not in self._probes and not self._hosts & {host, match[1].lower(), ANY_HOST.encode()}:
             raise Refused(400, "unknown_host", "This server does not answer to the name in the Host header.")
         return host
 

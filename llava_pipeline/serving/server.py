@@ -13,7 +13,7 @@ import uvicorn
 from llava_pipeline.errors import NotServing
 from llava_pipeline.serving.access import Access
 from llava_pipeline.serving.answers import Desk
-from llava_pipeline.serving.app import PUBLIC, build
+from llava_pipeline.serving.app import PROBES, PUBLIC, build
 from llava_pipeline.serving.guard import Guard
 from llava_pipeline.serving.protocol import Protocol
 
@@ -31,7 +31,7 @@ def serve(desk: Desk, access: Access, bound: socket.socket, seconds: float, read
     app = build(desk)
     guard = Guard(
         app, access.keys, max_body_bytes=MAX_BODY_BYTES, allowed_hosts=access.allowed_hosts, public=PUBLIC,
-        max_requests=access.max_requests, refused=lambda code: desk.metrics.refused.labels(code).inc(),
+        probes=PROBES, max_requests=access.max_requests, refused=lambda code: desk.metrics.refused.labels(code).inc(),
     )  # fmt: skip
     config = uvicorn.Config(
         guard, http=Protocol, ws="none", lifespan="on", server_header=False, date_header=True, access_log=False,

@@ -16,10 +16,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
 from torch import Tensor
 
 from llava_pipeline.contracts import AssembledModel
+from llava_pipeline.data.images import ImageRefused, decode
 from llava_pipeline.errors import (
     DamagedArtifact,
     IncompatibleParts,
@@ -153,6 +153,9 @@ class Versions:
             LlavaPipelineError: its version cannot be loaded, and no other one is kept.
         """
         self.look()
+        for alias in self.aliases[1:]:
+            if alias not in self.by_alias and alias not in self.problems:
+                log.warning("%s has no alias %s; it is served as soon as it has", self.name, alias)
         if self.main is not None:
             return
         alias = self.aliases[0]
@@ -186,7 +189,9 @@ class Versions:
 
     def _refuse(self, version: str, error: Exception) -> _Failure:
         """Remember why a version does not answer; it is counted once, however often it is tried."""
-        failure = _Failure(f"version {version} does not answer: {error}", isinstance(error, REFUSED))
+        # What could not be read may be read the next time, whatever it was taken for.
+        is_final = isinstance(error, REFUSED) and not isinstance(error.__cause__, OSError)
+        failure = _Failure(f"version {version} does not answer: {error}", is_final)
         if version not in self._failed:
             self.num_refused += 1
             if not isinstance(error, LlavaPipelineError):
@@ -240,6 +245,7 @@ class Versions:
             NotTried: the engine does not answer.
         """
         bundle.check()
+        bundle.spec()  # a start without MLflow reads it
         module = copy.deepcopy(self._llava.model.model.multi_modal_projector)
         state = projector.load(bundle.projector, self._model)
         shapes, wanted = _shapes(state), _shapes(module.state_dict())
@@ -272,15 +278,14 @@ class Versions:
                 _Golden(self._picture(folder / str(one["picture"])), str(one["question"]), str(one["answer"]))
                 for one in json.loads((folder / "questions.json").read_text(encoding="utf-8"))
             ]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, ImageRefused) as error:
             raise DamagedArtifact(
                 f"the golden questions of version {version.bundle.version} cannot be read ({first_line(error)}); "
                 "train again or choose another version"
             ) from error
 
     def _picture(self, path: Path) -> Picture:
-        with Image.open(path) as image:
-            return picture_of(self._llava.processor.resize(image.convert("RGB")))
+        return picture_of(self._llava.processor.resize(decode(path.read_bytes())))
 
     def _say(self, version: Version, picture: Picture, text: str) -> str:
         prompt = prompt_of(self._llava.processor, question(text, with_image=True))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from llava_pipeline.serving.conversation import Turn
@@ -18,6 +18,7 @@ from llava_pipeline.serving.sampling import Sampling
 MAX_MESSAGES, MAX_PARTS = 256, 64
 MAX_PARAM = 200  # characters of a name that are told back
 TAGS = ("text", "image_url", "system", "developer", "user", "assistant")  # alternatives of a part and of a message
+MAX_KEYS = 64  # more than any object that is known here has
 MAX_TOKENS = 1_000_000  # a context's length is what bounds them; this keeps numbers within reason
 Finish = Literal["stop", "length"]
 NO_TOOLS, AS_IS = "this model calls no tools", "this model's likelihoods are taken as they are"
@@ -39,6 +40,14 @@ class Rejected(Exception):
 
 class _Read(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_short(cls, given: Any) -> Any:
+        """Each key that is not known costs an error, and a body has room for a million of them."""
+        if isinstance(given, dict) and len(given) > MAX_KEYS:
+            raise ValueError(f"an object has at most {MAX_KEYS} keys here, this one {len(given)}")
+        return given
 
 
 class _Told(BaseModel):
@@ -180,7 +189,7 @@ class ChatRequest(_Read):
     prompt_cache_retention: str | None = None
     service_tier: str | None = None
     store: bool | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=MAX_KEYS)] | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None

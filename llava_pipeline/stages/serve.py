@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 
-from llava_pipeline.data.images import MAX_BYTES
 from llava_pipeline.errors import LlavaPipelineError, NoSuchRun
 from llava_pipeline.model.assemble import assemble, describe
 from llava_pipeline.serving.answers import Desk, Limits
@@ -12,10 +11,10 @@ from llava_pipeline.serving.engine import Engine
 from llava_pipeline.serving.metrics import Metrics
 from llava_pipeline.serving.pictures import Pictures
 from llava_pipeline.serving.versions import Versions
+from llava_pipeline.spec import RunSpec
 from llava_pipeline.stages.fetch import fetch_backbones
 from llava_pipeline.tracking import bundle as bundles
 from llava_pipeline.tracking import registry
-from llava_pipeline.tracking.bundle import Bundle
 from llava_pipeline.tracking.settings import Settings
 from llava_pipeline.training.device import choose_device, choose_precision, place
 
@@ -32,7 +31,7 @@ def open_desk(
         NoSuchRun: the first alias points to nothing.
         LlavaPipelineError: its version cannot be loaded, and no other one is kept here.
     """
-    spec = _first(registered_model, aliases[0], settings).spec()
+    spec = _spec(registered_model, aliases[0], settings)
     backbones = fetch_backbones(spec.backbones)
     llava = assemble(backbones, spec.model)
     model = describe(llava, backbones, spec.model)
@@ -42,19 +41,19 @@ def open_desk(
     versions = Versions(registered_model, aliases, llava, model, engine, settings)
     versions.start()
     processor = llava.processor
-    pictures = Pictures(processor.images, allowed_hosts=image_hosts, workers=decoders, max_bytes=MAX_BYTES)
+    pictures = Pictures(processor.images, allowed_hosts=image_hosts, workers=decoders)
     context = int(llava.model.config.text_config.max_position_embeddings)
     return Desk(versions, engine, pictures, processor, context, Metrics(engine, versions), Limits())
 
 
-def _first(name: str, alias: str, settings: Settings) -> Bundle:
-    """What an alias points to; where it cannot be had, what answered last."""
+def _spec(name: str, alias: str, settings: Settings) -> RunSpec:
+    """Of what an alias points to; where that cannot be had or read, of what answered last."""
     try:
         if (version := registry.aliases(name, settings).get(alias)) is None:
             raise NoSuchRun(f"{name} has no alias {alias!r}; run the profile first, or name another --alias")
-        return bundles.fetch(name, version, settings)
+        return bundles.fetch(name, version, settings).spec()
     except LlavaPipelineError as error:
         if isinstance(error, NoSuchRun) or (last := bundles.kept(name, alias)) is None:
             raise
         log.warning("%s; version %s answered last", error, last.version)
-        return last
+        return last.spec()

@@ -211,5 +211,7 @@ def _download(client: MlflowClient, bundle: Bundle) -> None:
                 fetched = Path(client.download_artifacts(bundle.run_id, f"evaluation/{name}", temporary))
                 shutil.move(fetched, folder / name)
         (folder / BUNDLE).write_text(bundle.model_dump_json(), encoding="utf-8")
+        if (bundle.folder / BUNDLE).is_file() and bundle.is_whole(bundle.projector):
+            return  # another server has fetched it meanwhile, and may be reading it
         _remove(bundle.folder)
         folder.replace(bundle.folder)

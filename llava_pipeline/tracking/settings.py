@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -195,8 +196,14 @@ def ui_command(settings: Settings) -> list[str]:
 def run_address(settings: Settings, experiment_id: str, run_id: str) -> str:
     """Where a run's page is: on the server, or where ``ui_command`` serves it."""
     uri = tracking_uri(settings)
-    pages = uri.rstrip("/") if is_server(uri) else f"http://{settings.ui.host}:{settings.ui.port}"
+    pages = _without_login(uri).rstrip("/") if is_server(uri) else f"http://{settings.ui.host}:{settings.ui.port}"
     return f"{pages}/#/experiments/{experiment_id}/runs/{run_id}"
+
+
+def _without_login(uri: str) -> str:
+    """An address may hold a password, and this one is shown."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def server_environment(settings: Settings) -> dict[str, str]:

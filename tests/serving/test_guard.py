@@ -679,6 +679,40 @@ def test_a_server_that_is_going_takes_no_more_questions_but_tells_how_it_is() ->
     assert _judged(scope_of(*HEADERS) | {"method": "GET"}, [b""], draining=True)[0]["status"] == 200
 
 
+@pytest.fixture
+def impatient() -> Iterator[Served]:
+    """Room for one POST, whose answer is to be read at once."""
+    yield from serve(Large(), None, max_requests=1, send_seconds=0.5)
+
+
+def test_who_does_not_read_its_answer_keeps_nobodys_place(impatient: Served) -> None:
+    with socket.create_connection(("127.0.0.1", impatient.port), timeout=8) as idle:
+        head = f"POST /ok HTTP/1.1\r\nHost: {impatient.host}\r\nContent-Type: application/json\r\n"
+        idle.sendall(f"{head}Content-Length: 2\r\n\r\n{{}}".encode())
+        _until(lambda: bool(impatient.app.seen))
+        assert impatient.post().status == 429
+        _until(lambda: impatient.post().status == 200)
+
+
+class Large(Tiny):
+    """Its first answer is larger than every buffer between."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.seen:
+            return await super().__call__(scope, receive, send)
+        self.seen.append({})
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(2000):
+            await send({"type": "http.response.body", "body": bytes(1 << 16), "more_body": True})
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/ok"])
+def test_only_a_probe_may_name_any_host(path: str) -> None:
+    for server in serve(Tiny(), None, probes=frozenset({"/healthz"})):
+        assert server.ask("GET", path, "Host: 10.1.2.3:80").status == (200 if path == "/healthz" else 400)
+        assert server.ask("GET", path, "Host: a/b").status == 400
+
+
 def _until(look: Any, seconds: float = 8.0) -> None:
     until = time.monotonic() + seconds
     while not look():

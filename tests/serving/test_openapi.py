@@ -18,7 +18,7 @@ from tests.serving.served import Served
 
 OPERATIONS = [
     ("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/{name}"), ("GET", "/healthz"),
-    ("GET", "/readyz"), ("GET", "/metrics"), ("GET", "/samples"), ("GET", "/samples/{name}"),
+    ("GET", "/readyz"), ("GET", "/metrics"), ("GET", "/samples"), ("GET", "/samples/{version}/{name}"),
 ]  # fmt: skip
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 POSITIVE, NEGATIVE = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE

@@ -294,7 +294,7 @@ def test_the_page_and_health_are_for_everybody_and_nothing_else_is(locked: tuple
     server, key = locked
     for path in ("/", "/page.css", "/page.js", "/healthz", "/readyz"):
         assert server.get(path).status_code == 200, path
-    for path in ("/metrics", "/v1/models", "/openapi.json", "/samples", "/samples/000000.webp"):
+    for path in ("/metrics", "/v1/models", "/openapi.json", "/samples", "/samples/1/000000.webp"):
         assert server.get(path).status_code == 401, path
         assert server.get(path, headers={"authorization": f"Bearer {key}"}).status_code == 200, path
 

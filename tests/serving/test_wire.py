@@ -149,6 +149,7 @@ REFUSED: dict[str, tuple[Any, str, str | None]] = {
     "an unknown key called content": (asked(content={"x": 1}), "unknown_parameter", "content"),
     "a chat template": (asked(chat_template="{{ x }}"), "unknown_parameter", "chat_template"),
     "a template's arguments": (asked(chat_template_kwargs={}), "unknown_parameter", "chat_template_kwargs"),
+    "more keys than are known": (asked(**{f"k{n}": 1 for n in range(100)}), "invalid_value", None),
     "documents": (asked(documents=[]), "unknown_parameter", "documents"),
     "an answer that called a tool": (
         asked(user(), {"role": "assistant", "content": "x", "tool_calls": [{}]}, user()),

@@ -16,6 +16,7 @@ from llava_pipeline.tracking.settings import (
     URI_VARIABLE,
     Settings,
     load_settings,
+    run_address,
     server_command,
     server_environment,
     tracking_uri,
@@ -106,3 +107,8 @@ def test_settings_gate_and_client_do_not_load_mlflow() -> None:
     code += "; import sys; assert not {'mlflow', 'torch'} & set(sys.modules)"
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=60)
+
+
+def test_the_address_of_a_run_has_no_password() -> None:
+    settings = Settings.model_validate({"tracking": {"uri": "http://user:secret@mlflow.example:5000/"}})
+    assert run_address(settings, "1", "abc") == "http://mlflow.example:5000/#/experiments/1/runs/abc"

@@ -338,7 +338,7 @@ async function poll() {
         const served = data.filter((model) => model.alias).sort((a, b) => Boolean(b.default) - Boolean(a.default))
         if (JSON.stringify(served) !== JSON.stringify(models)) serve(served)
         const { ready, version, last_error: error } = await (await fetch("/readyz")).json()
-        notice("error", error && `Still serving version ${version}: the newer one was refused. ${error}`)
+        notice("error", error && `Version ${version} answers. ${error}.`)
         notice("away", ready === false && "The server has no version loaded yet.")
         if (!sampled) loadSamples((sampled = true)).catch(() => {}) // the page does without
     } catch (error) {
