@@ -127,7 +127,7 @@ class Engine:
         self.changed = threading.Condition()
         self.owed: set[Ask] = set()  # taken, and not told an end yet; whoever tells one holds ``changed``
         self.closing = False
-        self.num_failures = 0  # steps in a row that failed: a card that is lost fails every one
+        self.num_failures = 0  # readings and steps in a row that failed: with a card that is lost every one does
         self.beat = time.monotonic()  # when the thread last came round: who stands still is not healthy
         self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self.thread.start()
@@ -258,6 +258,7 @@ class Engine:
                 for ask in new:
                     self._begin([ask])
                 return
+            self.num_failures += 1
             log.exception("a conversation could not be read; whoever asked is told")
             self._say(new[0], Failed("failed"))
             return

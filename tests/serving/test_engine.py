@@ -559,8 +559,13 @@ def test_a_model_that_fails_tells_everybody_and_answers_the_next(lively: Llava, 
         norm = lively.model.model.language_model.norm
         lively.model.model.language_model.norm = Broken()
     assert [one.end() for one in asks] == [Failed("failed")] * 3
+    late = asked(lively)
+    engine.submit(late.ask)
+    assert late.end() == Failed("failed")
+    assert engine.num_failures == 2  # a step, and a reading
     lively.model.model.language_model.norm = norm
     assert said(engine, asked(lively, max_tokens=4))[0]
+    assert engine.num_failures == 0
     assert [one.num_ends() for one in asks] == [1] * 3
 
 
