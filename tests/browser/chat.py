@@ -5,6 +5,7 @@ Answers that no small model can be made to give come from a fetch of our own, pu
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -104,8 +105,9 @@ class ChatServer:
 def serving_chat(home: Path) -> Iterator[ChatServer]:
     """The real server, with answers that can be drawn out."""
     launcher, pace, keys = home / "serve", home / "pace", home / "keys.json"
-    script = f"import runpy\nrunpy.run_path({pausable_server.__file__!r}, None, '__main__')\n"
-    launcher.write_text(f"#!{sys.executable}\n{script}")
+    # By a shell: the first line of a script has no room for a Python whose path has a space.
+    command = shlex.join([sys.executable, "-P", str(pausable_server.__file__)])
+    launcher.write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
     launcher.chmod(0o755)
     key = add_key(keys, "browser")
     with pytest.MonkeyPatch.context() as patch:
