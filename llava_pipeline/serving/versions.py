@@ -189,8 +189,9 @@ class Versions:
 
     def _refuse(self, version: str, error: Exception) -> _Failure:
         """Remember why a version does not answer; it is counted once, however often it is tried."""
-        # What could not be read may be read the next time, whatever it was taken for.
-        is_final = isinstance(error, REFUSED) and not isinstance(error.__cause__, OSError)
+        # A file that could not be read may be read the next time, whatever it was taken for; one that is missing not.
+        unread = isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError)
+        is_final = isinstance(error, REFUSED) and not unread
         failure = _Failure(f"version {version} does not answer: {error}", is_final)
         if version not in self._failed:
             self.num_refused += 1

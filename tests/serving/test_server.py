@@ -457,6 +457,7 @@ def check_tells_no_place(told: Answer, home: Path) -> None:
     assert not re.search(r"/(home|tmp|root|var)/|sqlite:|\.db|\.py", error), error
 
 
+@pytest.mark.slow  # two starts; test_versions has the same without a process
 def test_answers_go_on_while_mlflow_is_away_and_also_after_a_start_without_it(served_home: Path) -> None:
     database = served_home / "mlflow.db"
     with serving(served_home) as server:
