@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Makes the browser of tests/browser available: Debian's packages chromium and chromium-driver (400 MB), where we are
-# root. Safe to repeat; when both are there it does nothing.
+# Makes the programs available that the tests drive: Debian's chromium and chromium-driver (400 MB) for tests/browser, and
+# curl for tests/serving, where we are root. Safe to repeat; when all are there it does nothing.
 set -euo pipefail
 
-PACKAGES=(chromium chromium-driver)
+PACKAGES=(chromium chromium-driver curl)
 
 step() { printf 'browser: %s\n' "$*"; }
 
 # CI must not pass over the tests in silence; elsewhere they say themselves that they were skipped.
 give_up() {
-    step "$1; tests/browser is skipped. Remedy: apt-get install ${PACKAGES[*]}" >&2
+    step "$1; tests/browser is skipped, and tests that ask by curl fail. Remedy: apt-get install ${PACKAGES[*]}" >&2
     [ -z "${CI:-}" ] && exit 0
     exit 1
 }
 
-is_installed() { command -v chromium >/dev/null && command -v chromedriver >/dev/null; }
+is_installed() { command -v chromium >/dev/null && command -v chromedriver >/dev/null && command -v curl >/dev/null; }
 
 install_packages() {
     export DEBIAN_FRONTEND=noninteractive

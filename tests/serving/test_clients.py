@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -278,9 +277,6 @@ def test_litellm_has_an_answer_whole_and_in_pieces_and_goes_on_with_it(
 
 # ---- curl ----
 
-needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
-
-
 def shell(script: str, server: Served, key: str, picture: str) -> str:
     environment = os.environ | {"URL": server.url, "KEY": key, "PICTURE": picture}
     done = subprocess.run(["sh", "-ec", script], env=environment, capture_output=True, text=True, timeout=60)
@@ -288,7 +284,6 @@ def shell(script: str, server: Served, key: str, picture: str) -> str:
     return done.stdout
 
 
-@needs_curl
 def test_curl_asks_with_what_a_shell_writes(server: Served, key: str, picture: str) -> None:
     script = """curl -sS --fail "$URL/v1/chat/completions" \\
       -H "Authorization: Bearer $KEY" -H "Content-Type: application/json" -d @- <<END
@@ -306,7 +301,6 @@ END
     assert told["choices"][0]["message"]["content"]
 
 
-@needs_curl
 def test_curl_reads_a_stream_as_it_comes(server: Served, key: str, picture: str) -> None:
     script = """curl -sS -N --fail -D /dev/stderr "$URL/v1/chat/completions" -H "Authorization: Bearer $KEY" \\
       --json '{"stream": true, "messages": [{"role": "user", "content": "Is there a circle?"}]}'"""
@@ -320,7 +314,6 @@ def test_curl_reads_a_stream_as_it_comes(server: Served, key: str, picture: str)
     assert all("usage" not in event for event in told)
 
 
-@needs_curl
 def test_curl_without_a_key_is_told_so(server: Served, picture: str) -> None:
     script = """curl -sS -o /dev/null -w '%{http_code}' "$URL/v1/models" """
     assert shell(script, server, "", picture) == "401"
