@@ -11,7 +11,7 @@ from types import FrameType
 import uvicorn
 
 from llava_pipeline.errors import NotServing
-from llava_pipeline.serving.access import Access
+from llava_pipeline.serving.access import BACKLOG, Access
 from llava_pipeline.serving.answers import Desk
 from llava_pipeline.serving.app import PROBES, PUBLIC, build
 from llava_pipeline.serving.guard import Guard
@@ -35,7 +35,7 @@ def serve(desk: Desk, access: Access, bound: socket.socket, seconds: float, read
     )  # fmt: skip
     config = uvicorn.Config(
         guard, http=Protocol, ws="none", lifespan="on", server_header=False, date_header=True, access_log=False,
-        log_config=None, timeout_graceful_shutdown=int(seconds + LAST_WORDS_SECONDS), backlog=512,
+        log_config=None, timeout_graceful_shutdown=int(seconds + LAST_WORDS_SECONDS), backlog=BACKLOG,
     )  # fmt: skip
 
     def draining() -> None:
