@@ -179,7 +179,7 @@ class Versions:
         if failure is None or not failure.is_final:
             try:
                 had[version] = self.load(bundles.fetch(self.name, version, self.settings))
-            except Exception as error:
+            except Exception as error:  # files of anybody's making, read by several libraries
                 failure = self._refuse(version, error)
             else:
                 self._failed.pop(version, None)
@@ -326,7 +326,7 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 class Follower:
-    """Looks every so many seconds, in a thread of its own."""
+    """Looks every so many seconds, in a thread of its own. A look does not raise, as ``Versions.look`` does not."""
 
     def __init__(self, look: Callable[[], None], seconds: float) -> None:
         self._look, self._seconds, self._ending = look, seconds, threading.Event()
@@ -340,7 +340,4 @@ class Follower:
 
     def _work(self) -> None:
         while not self._ending.wait(self._seconds):
-            try:
-                self._look()
-            except Exception:
-                log.exception("the aliases could not be followed; what answers goes on answering")
+            self._look()

@@ -277,6 +277,7 @@ def test_litellm_has_an_answer_whole_and_in_pieces_and_goes_on_with_it(
 
 # ---- curl ----
 
+
 def shell(script: str, server: Served, key: str, picture: str) -> str:
     environment = os.environ | {"URL": server.url, "KEY": key, "PICTURE": picture}
     done = subprocess.run(["sh", "-ec", script], env=environment, capture_output=True, text=True, timeout=60)
