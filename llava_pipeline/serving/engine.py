@@ -184,7 +184,7 @@ class Engine:
                 self.owed.discard(ask)
             try:
                 ask.tell(told)
-            except Exception:
+            except Exception:  # it is the caller's, and may raise anything: an event loop that is closed does
                 log.exception("an answer could not be told")
                 self.owed.discard(ask)
 
@@ -210,7 +210,7 @@ class Engine:
                 if self.answers:
                     self._step()
                     self.num_failures = 0
-            except Exception:
+            except Exception:  # the thread answers everybody: whatever the model raises, the next are answered
                 self.num_failures += 1
                 log.exception("the model failed; those who were being answered are told")
                 self._fail([*new, *(answer.ask for answer in self.answers)])
@@ -362,7 +362,7 @@ class Engine:
         answer.num_tokens += 1
         try:
             text, ended = self._text(answer, token)
-        except Exception:
+        except Exception:  # what tokenizers raise has no base of its own
             log.exception("a token has no text; whoever asked is told")
             self._say(answer.ask, Failed("failed"))
             return False
