@@ -31,10 +31,12 @@ LlavaPipelineError                 exit code 1: something failed
 │   ├── OutOfMemory                one sample takes more memory than there is
 │   ├── Interrupted                asked to stop; it goes on from where it was when it is started again
 │   ├── TrainerDied                the process that trained was killed
+│   ├── NothingTrained             no combination of a sweep could be trained
 │   └── FrozenWeightsChanged       a frozen part's digest differs after training
 ├── TrackingError                  MLflow refuses
 │   └── TrackingUnavailable        MLflow cannot be reached
-└── NotServing                     the server did not start
+├── NotServing                     the server did not start
+└── Regressed                      the champion does not answer any more as it was recorded
 """
 
 from __future__ import annotations
@@ -160,6 +162,10 @@ class TrainerDied(TrainingError):
     """The process that trained was killed, or failed in a way that it could not tell."""
 
 
+class NothingTrained(TrainingError):
+    """No combination of a sweep could be trained."""
+
+
 class Interrupted(TrainingError):
     """Training was asked to stop; it has saved where it was, and goes on from there when it is started again."""
 
@@ -182,3 +188,7 @@ class TrackingUnavailable(TrackingError):
 
 class NotServing(LlavaPipelineError):
     """The server did not start."""
+
+
+class Regressed(LlavaPipelineError):
+    """The champion does not answer any more as it was recorded, or what is served is not the champion."""

@@ -91,7 +91,9 @@ class Examination:
         with bar("look at the held-out pictures", len(pictures)) as advance:
             return picture_features(self.llava, self.rows, pictures, self.spec.batch_size, advance)
 
-    def ask(self, who: str, digest: str, state: Callable[[], projector.State], controls: bool) -> Scored:
+    def ask(
+        self, who: str, digest: str, state: Callable[[], projector.State], controls: bool, *, afresh: bool = False
+    ) -> Scored:  # fmt: skip
         """What a projector says, asked now or remembered; ``controls`` are shuffled pictures and none.
 
         Args:
@@ -99,12 +101,13 @@ class Examination:
             digest: of the projector.
             state: its weights, read only if it has to be asked.
             controls: whether it is asked about shuffled pictures and without any, too.
+            afresh: whether it is asked now though it was before; what is remembered then stays as it is.
 
         Raises:
             WeightsMismatch, IncompatibleParts: ``state`` refuses to load.
         """
         remembered = home() / "cache" / "scores" / f"{self._key(digest, controls)}.json"
-        if (known := _remembered(remembered)) is not None:
+        if not afresh and (known := _remembered(remembered)) is not None:
             log.info("%s: the same projector was asked the same questions before; its answers are reused", who)
             return known
         projector.put(self.llava.model, state())
@@ -120,7 +123,8 @@ class Examination:
             projector_digest=digest, held_out_digest=self.held_out.rows.digest, lines=done[0], seconds=seconds,
             seconds_per_answer=seconds / count, peak_memory_bytes=peak_memory(self.device),
         )  # fmt: skip
-        write_text(remembered, scored.model_dump_json())
+        if not afresh:
+            write_text(remembered, scored.model_dump_json())
         return scored
 
     def _key(self, digest: str, controls: bool) -> str:

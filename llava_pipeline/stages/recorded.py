@@ -26,11 +26,13 @@ OF_AN_ENDLESS_SOURCE = 1000
 
 
 def evaluate_recorded(
-    which: str, registered_model: str, on: str | None, images: str | None, limit: int | None, settings: Settings
-) -> Reexamined:
+    which: str, registered_model: str, on: str | None, images: str | None, limit: int | None, settings: Settings,
+    *, afresh: bool = False,
+) -> Reexamined:  # fmt: skip
     """Ask a recorded projector its own held-out questions, or those of the source that ``on`` means.
 
-    A source with a split of its own is asked that; of every other one all rows are.
+    A source with a split of its own is asked that; of every other one all rows are. What was asked before is answered
+    from the store, unless it is to be asked ``afresh``.
 
     Raises:
         NoSuchRun: there is no such run, version or alias.
@@ -53,7 +55,7 @@ def evaluate_recorded(
     else:
         held_out = all_of(source, model, spec.data, limit)
     exam = Examination(model, held_out, spec.evaluation, trained.device, trained.precision)
-    scored = exam.ask(which, trained.projector.digest, lambda: state, controls=True)
+    scored = exam.ask(which, trained.projector.digest, lambda: state, controls=True, afresh=afresh)
     return Reexamined(run_id=run_id, registered_model=registered_model, **examined(held_out, scored))
 
 

@@ -67,7 +67,8 @@ def record(
             return known
         experiment_id, run_id = begin(client, spec, settings, tags, started)
     try:
-        _describe(client, run_id, spec, evaluation, time.time() if started is None else started)
+        began = time.time() if started is None else started
+        describe(client, run_id, spec, evaluation, content.tags_of_evaluation(evaluation), began)
         _log_files(client, run_id, spec, evaluation)
         version = register(client, spec, evaluation, run_id, settings)
         client.set_tag(run_id, "llava.registered_version", version)
@@ -189,11 +190,16 @@ def _runs_of(client: MlflowClient, experiment_id: str, tags: dict[str, str]) -> 
     return [str(run.info.run_id) for run in client.search_runs([experiment_id], filter_string=asked)]
 
 
-def _describe(client: MlflowClient, run_id: str, spec: RunSpec, evaluation: Evaluation, began: float) -> None:
-    """Parameters, metrics, tags and data sets; the client sends them in parts that a server takes."""
+def describe(
+    client: MlflowClient, run_id: str, spec: RunSpec, evaluation: Evaluation, tags: dict[str, str], began: float
+) -> None:  # fmt: skip
+    """Parameters, metrics, tags and data sets; the client sends them in parts that a server takes.
+
+    ``began`` is when the run began, in seconds since the epoch.
+    """
     from mlflow.entities import Param, RunTag
 
-    tags = content.tags_of_evaluation(evaluation) | {"mlflow.note.content": headline(evaluation)}
+    tags = tags | {"mlflow.note.content": headline(evaluation)}
     client.log_batch(
         run_id,
         metrics=list(_metrics(client, run_id, evaluation, began)),
