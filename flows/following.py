@@ -12,8 +12,8 @@ from uuid import UUID
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.runtime import flow_run
 
+from flows.form import spec_of_parameters
 from flows.links import tags_of_flow_run
-from llava_pipeline.spec import RunSpec
 
 log = logging.getLogger("llava_pipeline.flow")
 SECONDS_BETWEEN = 5.0
@@ -42,10 +42,8 @@ def live_in_mlflow() -> Any:
     from llava_pipeline.tracking.live import Live
     from llava_pipeline.tracking.settings import load_settings
 
-    parameters = flow_run.get_parameters() or {}
-    if "spec" not in parameters:
+    if (spec := spec_of_parameters(flow_run.get_parameters() or {})) is None:
         return None
-    spec = RunSpec.model_validate(parameters["spec"])
     began = flow_run.get_scheduled_start_time().timestamp()
     return Live(spec, load_settings(), tags_of_flow_run(), began)
 

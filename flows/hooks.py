@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llava_pipeline.spec import RunSpec
+from flows.form import spec_of_parameters
 
 
 def sweep(flow: Any, flow_run: Any, state: Any) -> None:
@@ -20,7 +20,8 @@ def mark_failed(flow: Any, flow_run: Any, state: Any) -> None:
     from llava_pipeline.tracking.run import record_failure
     from llava_pipeline.tracking.settings import load_settings
 
-    spec = RunSpec.model_validate(flow_run.parameters["spec"])
+    if (spec := spec_of_parameters(flow_run.parameters)) is None:
+        return
     began = (flow_run.start_time or flow_run.expected_start_time).timestamp()
     tags = {"prefect.flow_run_id": str(flow_run.id)}
     record_failure(spec, state.message or "unknown", load_settings(), tags, started=began)

@@ -192,3 +192,7 @@ class NotServing(LlavaPipelineError):
 
 class Regressed(LlavaPipelineError):
     """The champion does not answer any more as it was recorded, or what is served is not the champion."""
+
+
+class NotStarted(LlavaPipelineError):
+    """A service of the installation did not start."""

@@ -7,6 +7,7 @@ that dies in between leaves the old champion in place or the new one, and whoeve
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from llava_pipeline.tracking.verdict import NONE
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+_log = logging.getLogger(__name__)
 SECONDS_BETWEEN = 1.0
 Action = Literal["promote", "rollback"]
 
@@ -161,7 +163,7 @@ def _move(
     if found != version:
         problem: str | None = f"{_version(found)} is champion right after: something else moves the alias; stop it"
         history.end(client, name, event, f"lost: {problem}")
-    elif (problem := wait_for_serving(version, settings)) is not None:
+    elif (problem := wait_for_serving(name, version, settings)) is not None:
         _put_back(client, name, before, settings)
         history.end(client, name, event, f"undone: {problem}")
     if problem is not None:
@@ -189,8 +191,11 @@ def _put_back(client: MlflowClient, name: str, before: dict[str, str], settings:
             client.delete_registered_model_alias(name, alias)
 
 
-def wait_for_serving(version: str, settings: Settings) -> str | None:
-    """Wait until serving reports the version; what went wrong, or None. At once where no serving is configured."""
+def wait_for_serving(name: str, version: str, settings: Settings) -> str | None:
+    """Wait until serving reports the version; what went wrong, or None.
+
+    At once where no serving is configured, or where it answers with another registered model.
+    """
     url, patience = settings.serving.ready_url, settings.serving.timeout_seconds
     if url is None:
         return None
@@ -200,6 +205,9 @@ def wait_for_serving(version: str, settings: Settings) -> str | None:
         try:
             answer = requests.get(url, timeout=min(patience, 10.0)).json()
             told = f"version {answer.get('version')}" if isinstance(answer, dict) else "something that is no object"
+            if isinstance(answer, dict) and answer.get("model", name) != name:
+                _log.info("serving at %s answers with %s, so nobody waits for it", url, answer["model"])
+                return None
             if isinstance(answer, dict) and str(answer.get("version")) == version:
                 return None
         except (requests.RequestException, ValueError) as error:
@@ -249,7 +257,7 @@ def _finish_or_undo(client: MlflowClient, name: str, event: dict[str, Any], sett
     now = _champion(client, name, settings)
     if now not in (version, before.get(names.champion)):
         return "something else has moved the champion since"
-    problem = wait_for_serving(version, settings) if now == version else "the champion had not moved yet"
+    problem = wait_for_serving(name, version, settings) if now == version else "the champion had not moved yet"
     if problem is not None:
         _put_back(client, name, before, settings)
         return problem

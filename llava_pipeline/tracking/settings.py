@@ -12,12 +12,15 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llava_pipeline import store
+from llava_pipeline.addresses import read_addresses
 from llava_pipeline.errors import SpecError
 from llava_pipeline.spec import Frozen
 
 FILE = "mlflow.yml"
 FILE_VARIABLE = "LLAVA_PIPELINE_SETTINGS"
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
+API_VARIABLE = "PREFECT_API_URL"
+DATABASE_VARIABLE, ARTIFACTS_VARIABLE = "MLFLOW_BACKEND_STORE_URI", "MLFLOW_ARTIFACTS_DESTINATION"
 
 
 def _not_reserved(alias: str) -> str:
@@ -45,6 +48,7 @@ class ServerSettings(Frozen):
         ("localhost:*", "127.0.0.1:*"), min_length=1, description="Host headers that are answered; others get a 403."
     )
     jobs: bool = Field(False, description="Whether background jobs run; only judges need them.")
+    auth: bool = Field(False, description="Whether a login is asked for, with MLflow's own list of people.")
 
 
 class TrackingSettings(Frozen):
@@ -74,11 +78,25 @@ class RegistrySettings(Frozen):
         return self
 
 
-class ServingSettings(Frozen):
-    """Who answers with the champion, for a promotion that waits until it does."""
+class PrefectSettings(Frozen):
+    """Who schedules the flows, and how its server is started."""
 
+    api_url: str | None = Field(
+        None, pattern=r"^https?://.*/api/?$", description="Its API; null: the server that `up` starts, or none."
+    )
+    host: str = Field("127.0.0.1", description="Address the server listens on.")
+    port: Port = Field(4200, description="Port the server listens on.")
+    database_url: str | None = Field(None, description="Database of the server; null is prefect.db in the home.")
+
+
+class ServingSettings(Frozen):
+    """Who answers with the champion, for a promotion that waits until it does, and how it is started."""
+
+    host: str = Field("127.0.0.1", description="Address it listens on; others than loopback want keys.")
+    port: Port = Field(8000, description="Port it listens on.")
+    keys: str | None = Field(None, description="File of API keys, made by `key`; null: none is asked for.")
     ready_url: str | None = Field(
-        None, pattern=r"^https?://", description="Its /readyz; null: a promotion waits for nobody."
+        None, pattern=r"^https?://", description="Its /readyz; null: that of `up`, or a promotion waits for nobody."
     )
     timeout_seconds: float = Field(60.0, gt=0, description="How long it may take to report the new champion.")
 
@@ -129,6 +147,7 @@ class Settings(Frozen):
     server: ServerSettings = Field(ServerSettings(), description="How a tracking server is started.")
     tracking: TrackingSettings = Field(TrackingSettings(), description="Where runs are recorded.")
     registry: RegistrySettings = Field(RegistrySettings(), description="Names of the aliases.")
+    prefect: PrefectSettings = Field(PrefectSettings(), description="Who schedules the flows.")
     serving: ServingSettings = Field(ServingSettings(), description="Who answers with the champion.")
     gate: GateSettings = Field(GateSettings(), description="What a projector must reach to become champion.")
     ui: UiSettings = Field(UiSettings(), description="Where MLflow's pages are served to one person.")
@@ -137,7 +156,8 @@ class Settings(Frozen):
 def load_settings(path: Path | None = None) -> Settings:
     """The settings of a file: ``path``, else ``$LLAVA_PIPELINE_SETTINGS``, else ./mlflow.yml, else the defaults.
 
-    ``$MLFLOW_TRACKING_URI`` wins over ``tracking.uri``.
+    ``$MLFLOW_TRACKING_URI`` wins over ``tracking.uri``, and ``$PREFECT_API_URL`` over ``prefect.api_url``. What is then
+    still unsaid are the servers that ``llava-pipeline up`` has started, where it has.
 
     Raises:
         SpecError: the file cannot be read, has an unknown key or a value out of range.
@@ -146,9 +166,15 @@ def load_settings(path: Path | None = None) -> Settings:
     if chosen is None and Path(FILE).is_file():
         chosen = Path(FILE)
     settings = Settings() if chosen is None else _parse(_read(chosen), str(chosen))
-    if uri := os.environ.get(URI_VARIABLE):
-        settings = settings.model_copy(update={"tracking": settings.tracking.model_copy(update={"uri": uri})})
-    return settings
+    up = read_addresses()
+    uri = os.environ.get(URI_VARIABLE) or settings.tracking.uri or (up and up.mlflow)
+    api = os.environ.get(API_VARIABLE) or settings.prefect.api_url or (up and up.prefect)
+    ready = settings.serving.ready_url or (f"{up.serving}/readyz" if up and up.serving else None)
+    return settings.model_copy(update={
+        "tracking": settings.tracking.model_copy(update={"uri": uri}),
+        "prefect": settings.prefect.model_copy(update={"api_url": api}),
+        "serving": settings.serving.model_copy(update={"ready_url": ready}),
+    })  # fmt: skip
 
 
 def tracking_uri(settings: Settings) -> str:
@@ -168,15 +194,22 @@ def database_path(uri: str) -> Path | None:
 
 
 def server_command(settings: Settings) -> list[str]:
-    """The command that starts the tracking server of ``server:``."""
+    """The command that starts the tracking server of ``server:``.
+
+    Database and artifacts that the environment names are left to it: an address may hold a password, and everybody on
+    a machine can read a command line.
+    """
     server = settings.server
+    database = server.backend_store_uri or _local_database()
+    artifacts = server.artifacts_destination or (store.home() / "mlartifacts").as_uri()
     return [
         *("mlflow", "server"),
-        *("--backend-store-uri", server.backend_store_uri or _local_database()),
-        *("--artifacts-destination", server.artifacts_destination or (store.home() / "mlartifacts").as_uri()),
+        *(() if os.environ.get(DATABASE_VARIABLE) else ("--backend-store-uri", database)),
+        *(() if os.environ.get(ARTIFACTS_VARIABLE) else ("--artifacts-destination", artifacts)),
         *("--host", server.host, "--port", str(server.port)),
         *("--workers", str(server.workers)),
         *("--allowed-hosts", ",".join(server.allowed_hosts)),
+        *(("--app-name", "basic-auth") if server.auth else ()),
     ]
 
 
@@ -210,8 +243,15 @@ def server_environment(settings: Settings) -> dict[str, str]:
     """Environment variables for ``server_command`` and ``ui_command``."""
     return {
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": str(settings.server.jobs).lower(),
+        "MLFLOW_ALLOW_MODEL_CODE_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        **({"MLFLOW_AUTH_CONFIG_PATH": str(auth_file())} if settings.server.auth else {}),
     }
+
+
+def auth_file() -> Path:
+    """MLflow's settings of its logins, which say where the list of people is."""
+    return store.home() / "services" / "mlflow-auth.ini"
 
 
 def _local_database() -> str:
