@@ -1,7 +1,7 @@
 """The form of a deployment: a profile's name, and any of its values changed.
 
-Made from ``RunSpec``, so that the server refuses an unknown key or a value out of range and names it, and Prefect's page
-shows every value with its description.
+Made from ``RunSpec``, so that the server refuses an unknown key or a value out of range and names it, and Prefect's
+page shows every value with its description.
 """
 
 from __future__ import annotations

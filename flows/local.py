@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 from llava_pipeline.store import home
+from llava_pipeline.tracking.settings import load_settings
 
 
 def local_defaults(debug: bool = False) -> None:
@@ -16,7 +17,9 @@ def local_defaults(debug: bool = False) -> None:
     level = "INFO" if debug else "CRITICAL"
     prefect_home = home() / "prefect"
     prefect_home.mkdir(parents=True, exist_ok=True)  # Prefect makes one folder only, and without it waits in vain
+    api = load_settings().prefect.api_url
     for name, value in {
+        **({} if api is None else {"PREFECT_API_URL": api}),
         "PREFECT_HOME": str(prefect_home),
         "PREFECT_LOGGING_LEVEL": level,
         "PREFECT_LOGGING_SERVER_LEVEL": "WARNING" if debug else "CRITICAL",

@@ -11,7 +11,7 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from prefect import Task
 from prefect.artifacts import create_markdown_artifact
@@ -21,9 +21,11 @@ from prefect.runtime import flow_run
 from prefect.tasks import exponential_backoff
 from pydantic import BaseModel
 
+from flows.devices import device_held
 from flows.following import followers
 from flows.links import show_run, tags_of_flow_run
 from flows.retries import will_pass
+from flows.telling import tell_verdict
 from flows.workers import validate_with_workers
 from llava_pipeline.code_digest import code_digest
 from llava_pipeline.contracts import (
@@ -56,6 +58,9 @@ from llava_pipeline.spec import (
     WorkersSpec,
 )
 from llava_pipeline.store import open_artifact
+
+if TYPE_CHECKING:
+    from llava_pipeline.tracking.spool import Spooled
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -185,7 +190,7 @@ def show_report(data: ValidatedData) -> None:
 def train_projector(model: AssembledModel, data: ValidatedData, spec: TrainingSpec) -> TrainedProjector:
     from llava_pipeline.stages import train
 
-    with followers() as follow:
+    with followers() as follow, device_held(spec):
         return train.train_projector(model, data, spec, follow)
 
 
@@ -198,10 +203,22 @@ def evaluate_generations(projector: TrainedProjector, held_out: Snapshot, spec: 
 
 @stage("llava_pipeline.stages.record", minutes=30, retries=5, reuse=False)  # for two and a half minutes
 def record_run(spec: RunSpec, evaluation: Evaluation) -> RecordedRun:
-    from llava_pipeline.stages import record
+    from llava_pipeline.tracking import spool
 
     began = flow_run.get_scheduled_start_time().timestamp()
-    run = record.record_run(spec, evaluation, tags_of_flow_run(), began)
+    return recorded(spool.keep(spec, evaluation, tags_of_flow_run(), began))
+
+
+@stage("llava_pipeline.stages.record", minutes=30, reuse=False)
+def record_waiting(night: Spooled) -> RecordedRun:
+    return recorded(night)
+
+
+def recorded(night: Spooled) -> RecordedRun:
+    """A night in MLflow, with a link to it on the flow run's page."""
+    from llava_pipeline.stages import record
+
+    run = record.record_run(night)
     show_run(run)
     return run
 
@@ -216,9 +233,15 @@ def weigh_against_champion(run: RecordedRun) -> Evidence:
 @stage("llava_pipeline.stages.promote", minutes=30, retries=5, reuse=False)
 def pass_gate_and_promote(run: RecordedRun, evidence: Evidence) -> Verdict:
     from llava_pipeline.stages import promote
+    from llava_pipeline.tracking import spool
+    from llava_pipeline.tracking.settings import load_settings
+    from llava_pipeline.tracking.verdict import refused_before
 
+    before = refused_before(run, load_settings())
     verdict = promote.pass_gate_and_promote(run, evidence, who=f"flow run {flow_run.get_name() or 'without a name'}")
     show_verdict(run, evidence, verdict)
+    tell_verdict(run, verdict, before)
+    spool.forget(tags_of_flow_run())
     return verdict
 
 

@@ -34,7 +34,8 @@ LlavaPipelineError                 exit code 1: something failed
 │   ├── NothingTrained             no combination of a sweep could be trained
 │   └── FrozenWeightsChanged       a frozen part's digest differs after training
 ├── TrackingError                  MLflow refuses
-│   └── TrackingUnavailable        MLflow cannot be reached
+│   ├── TrackingUnavailable        MLflow cannot be reached
+│   └── NotShipped                 a night that waited was refused
 ├── NotServing                     the server did not start
 └── Regressed                      the champion does not answer any more as it was recorded
 """
@@ -186,6 +187,10 @@ class TrackingUnavailable(TrackingError):
     """MLflow cannot be reached."""
 
 
+class NotShipped(TrackingError):
+    """A night that waited for MLflow was refused; it is put aside."""
+
+
 class NotServing(LlavaPipelineError):
     """The server did not start."""
 
@@ -196,3 +201,7 @@ class Regressed(LlavaPipelineError):
 
 class NotStarted(LlavaPipelineError):
     """A service of the installation did not start."""
+
+
+class NotDeployed(LlavaPipelineError):
+    """Prefect's server does not take what is to be deployed."""

@@ -30,6 +30,7 @@ def serve(
     poll: Annotated[float, typer.Option("--poll", min=0.1, help="Seconds between two looks at the aliases.")] = 5.0,
     rows: Annotated[int, typer.Option("--rows", min=1, max=1024, help="Questions answered together.")] = 16,
     waiting: Annotated[int, typer.Option("--waiting", min=0, max=100_000, help="Further ones that may wait.")] = 64,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the alias points to something.")] = False,
     decoders: Annotated[int, typer.Option("--decoders", min=1, max=64, help="Processes that decode pictures.")] = 1,
     as_json: AsJson = False,
 ) -> None:
@@ -47,6 +48,10 @@ def serve(
         if not ALIAS.fullmatch(name):
             raise SpecError(f"{name!r} is no alias; it has letters, digits, dots, hyphens and underscores")
     with accesses.bind(access) as bound:
+        if wait:
+            from llava_pipeline.stages.first_champion import wait_for_alias
+
+            wait_for_alias(registered_model_of(profile), aliases[0], settings, poll)
         from llava_pipeline.serving import server
         from llava_pipeline.serving.versions import Follower
         from llava_pipeline.stages.serve import open_desk

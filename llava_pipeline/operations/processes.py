@@ -1,6 +1,7 @@
-"""Processes that outlive the command that starts them: ``<home>/services/<name>.json`` says which, ``<name>.log`` what they say.
+"""Processes that outlive the command that starts them, noted below ``<home>/services``.
 
-A process is known by its number and its start time, for numbers are given again.
+``<name>.json`` says which process it is, ``<name>.log`` what it says. A process is known by its number and its start
+time, for numbers are given again.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from llava_pipeline.contracts import AssembledModel, Cursor
+from llava_pipeline.tracking import spool
 from llava_pipeline.tracking.reading import last_cursor
 from llava_pipeline.tracking.settings import load_settings
 
@@ -14,10 +15,12 @@ log = logging.getLogger(__name__)
 def where_the_last_run_stopped(model: AssembledModel, origin: str) -> Cursor:
     """The first row that no finished run of this model has read; the beginning where there was no such run.
 
+    A night that waits for MLflow has read its rows too.
+
     Raises:
         TrackingError: MLflow cannot be reached, refuses, or holds a place that cannot be read.
     """
-    cursor = last_cursor(load_settings(), model, origin)
+    cursor = spool.last_cursor(model, origin) or last_cursor(load_settings(), model, origin)
     if cursor is None:
         log.info("%s: no earlier run has read it", origin)
         return Cursor()

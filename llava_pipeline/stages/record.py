@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from llava_pipeline.contracts import Evaluation, RecordedRun
-from llava_pipeline.spec import RunSpec
+from llava_pipeline.contracts import RecordedRun
 from llava_pipeline.tracking import run
 from llava_pipeline.tracking.settings import load_settings
+from llava_pipeline.tracking.spool import Spooled
 
 
-def record_run(spec: RunSpec, evaluation: Evaluation, tags: dict[str, str], began: float) -> RecordedRun:
+def record_run(night: Spooled) -> RecordedRun:
     """Write parameters, curves, scores, answers and pictures; register the projector as a challenger.
 
-    ``began`` is when the flow began, in seconds since the epoch.
+    Raises:
+        TrackingUnavailable: MLflow is away; the night waits in the spool.
+        TrackingError: MLflow refuses.
     """
-    return run.record(spec, evaluation, load_settings(), tags, started=began)
+    return run.record(night.spec, night.evaluation, load_settings(), night.tags, started=night.began)

@@ -51,7 +51,9 @@ def train_projector(
         TrainerDied: the process was killed.
     """
     job = make_job(model, data, spec)
-    out = home() / "training" / hashlib.sha256(json.dumps(job.identity(), sort_keys=True).encode()).hexdigest()[:32]
+    training = hashlib.sha256(json.dumps(job.identity(), sort_keys=True).encode()).hexdigest()[:32]
+    out = home() / "training" / training
+    follow({"event": "training", "id": training})
     write_text(out / "job.json", job.model_dump_json(indent=1) + "\n")
     steps = Steps(out)
     with bar("train projector", 100) as advance:

@@ -17,7 +17,7 @@ from llava_pipeline.spec import RunSpec
 from llava_pipeline.tracking import content
 from llava_pipeline.tracking.client import connect, first_line
 from llava_pipeline.tracking.machine import Machine
-from llava_pipeline.tracking.run import as_metric, begin, points_there
+from llava_pipeline.tracking.run import TRAINING, adopt, as_metric, begin, points_there
 from llava_pipeline.tracking.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ class Live:
         self.waiting: list[content.Point] = []
         self.lock, self.ending, self.told = threading.Lock(), threading.Event(), False
         self.closed = False
+        self.training: str | None = None  # its folder's name: the same for a training that is gone on with
         self.run_id: str | None = None
         self.last_step = 0  # that an attempt before this one has sent
         self.client: Any = None
@@ -56,7 +57,9 @@ class Live:
         self.thread.start()
 
     def __call__(self, event: dict[str, Any]) -> None:
-        """Take a step's metrics."""
+        """Take a step's metrics, and before them which training it is."""
+        if event["event"] == "training":
+            self.training = str(event["id"])
         if event["event"] == "step":
             with self.lock:
                 self.waiting += content.step_points(event)
@@ -101,9 +104,11 @@ class Live:
         if self.client is None:
             self.client = connect(self.settings)
         if self.run_id is None:
-            if self.closed:
+            if self.closed or self.training is None:
                 return
+            adopt(self.client, self.settings, self.tags, self.training)
             _, run_id = begin(self.client, self.spec, self.settings, self.tags, self.started, gives_way=True)
+            self.client.set_tag(run_id, TRAINING, self.training)
             self.last_step = max((step for _, step in points_there(self.client, run_id, ["train/loss"])), default=0)
             self.run_id = run_id
         while self.waiting:

@@ -33,7 +33,7 @@ from llava_pipeline.tracking.client import (
 from llava_pipeline.tracking.packaging import save_model
 from llava_pipeline.tracking.registry import register
 from llava_pipeline.tracking.settings import Settings
-from llava_pipeline.tracking.stale import PROCESS, this_process
+from llava_pipeline.tracking.stale import PROCESS, left_alone, this_process
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Metric
 
 _log = logging.getLogger(__name__)
+TRAINING = "llava.training"
 
 
 def record(
@@ -146,6 +147,25 @@ def begin(
     client.update_run(run_id, status="RUNNING")
     client.set_tag(run_id, PROCESS, this_process())
     return client.get_run(run_id).info.experiment_id, run_id
+
+
+def adopt(client: MlflowClient, settings: Settings, tags: dict[str, str], training: str) -> None:
+    """Make the run of a flow run that was killed in a training this flow run's own: it goes on where that one stopped.
+
+    Nothing happens where this flow run has a run already, or where nobody was killed in this training.
+    """
+    flow_run = tags.get("prefect.flow_run_id")
+    if not flow_run or _begun(client, settings, tags):
+        return
+    asked = f"tags.`{TRAINING}` = '{training}'"
+    for run in client.search_runs([ensure_experiment(client, settings)], filter_string=asked):
+        if run.info.status != "FINISHED" and left_alone(run) and "llava.registered_version" not in run.data.tags:
+            was = run.data.tags.get("prefect.flow_run_id", "")
+            client.set_tag(run.info.run_id, "llava.goes_on_from", was)
+            for key, value in tags.items():
+                client.set_tag(run.info.run_id, key, value[: content.MAX_TAG])
+            _log.info("goes on with run %s, whose flow run %s was cut off", run.info.run_id, was)
+            return
 
 
 def _start(

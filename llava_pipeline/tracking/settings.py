@@ -229,12 +229,12 @@ def ui_command(settings: Settings) -> list[str]:
 def run_address(settings: Settings, experiment_id: str, run_id: str) -> str:
     """Where a run's page is: on the server, or where ``ui_command`` serves it."""
     uri = tracking_uri(settings)
-    pages = _without_login(uri).rstrip("/") if is_server(uri) else f"http://{settings.ui.host}:{settings.ui.port}"
+    pages = without_login(uri).rstrip("/") if is_server(uri) else f"http://{settings.ui.host}:{settings.ui.port}"
     return f"{pages}/#/experiments/{experiment_id}/runs/{run_id}"
 
 
-def _without_login(uri: str) -> str:
-    """An address may hold a password, and this one is shown."""
+def without_login(uri: str) -> str:
+    """An address as it may be shown: it may hold a password."""
     parts = urlsplit(uri)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 

@@ -36,7 +36,7 @@ def sweep_stale(settings: Settings) -> list[str]:
         if (experiment := find_experiment(client, settings)) is None:
             return []
         for run in client.search_runs([experiment.experiment_id], filter_string="attributes.status = 'RUNNING'"):
-            if _is_gone(run):
+            if left_alone(run):
                 client.set_tag(run.info.run_id, "llava.failure", f"{REASON} ({run.data.tags[PROCESS]})")
                 client.set_terminated(run.info.run_id, "FAILED")
                 swept.append(run.info.run_id)
@@ -45,8 +45,14 @@ def sweep_stale(settings: Settings) -> list[str]:
     return swept
 
 
-def _is_gone(run: Run) -> bool:
-    host, _, rest = run.data.tags.get(PROCESS, "").partition(":")
+def left_alone(run: Run) -> bool:
+    """Whether the process that recorded a run has ended."""
+    return is_gone(run.data.tags.get(PROCESS, ""))
+
+
+def is_gone(process: str) -> bool:
+    """Whether a process, as ``this_process`` names it, was one of this host and has ended."""
+    host, _, rest = process.partition(":")
     number, _, began = rest.partition(":")
     if host != socket.gethostname() or not number.isdecimal():
         return False

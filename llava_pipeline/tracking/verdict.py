@@ -10,6 +10,7 @@ from llava_pipeline.tracking.client import connect, refusals
 from llava_pipeline.tracking.settings import Settings
 
 NONE = "none"
+LEADING = "llava.gate.leading"  # of a run: the first rule that refused it, or none
 
 
 def write(run: RecordedRun, evidence: Evidence, rules: tuple[Rule, ...], settings: Settings) -> None:
@@ -32,6 +33,22 @@ def write(run: RecordedRun, evidence: Evidence, rules: tuple[Rule, ...], setting
         tags = {f"llava.gate.{rule.name}": _tag(rule) for rule in rules}
         for key, value in (tags | {"llava.gate.champion": seen, "llava.gate": outcome}).items():
             client.set_model_version_tag(run.registered_model, run.version, key, value[: content.MAX_TAG])
+        client.set_tag(run.run_id, LEADING, next((rule.name for rule in rules if not rule.passed), NONE))
+
+
+def refused_before(run: RecordedRun, settings: Settings) -> str | None:
+    """The leading rule that refused the judged run before this one; None where that one passed, or there is none.
+
+    Raises:
+        TrackingError: MLflow cannot be reached, or refuses.
+    """
+    with refusals("look up the verdict before this one"):
+        asked = f"tags.`llava.registered_model` = '{run.registered_model}' and tags.`{LEADING}` != ''"
+        found = connect(settings).search_runs(
+            [run.experiment_id], filter_string=asked, order_by=["attributes.start_time DESC"], max_results=2
+        )
+    earlier = [str(one.data.tags[LEADING]) for one in found if one.info.run_id != run.run_id]
+    return earlier[0] if earlier and earlier[0] != NONE else None
 
 
 def report(run: RecordedRun, evidence: Evidence, rules: Sequence[Rule]) -> str:

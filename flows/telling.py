@@ -1,0 +1,61 @@
+"""A verdict as an event of Prefect's, so that automations can tell people: when it has changed, not every night."""
+
+from __future__ import annotations
+
+import logging
+
+from prefect.events import emit_event
+
+from llava_pipeline.contracts import RecordedRun, Verdict
+
+log = logging.getLogger("llava_pipeline.flow")
+PROMOTED = "llava-pipeline.verdict.promoted"
+REFUSED = "llava-pipeline.verdict.refused"
+UNCHANGED = "llava-pipeline.verdict.unchanged"  # refused by the same rule as the run before: nobody is told
+
+
+def tell_verdict(run: RecordedRun, verdict: Verdict, before: str | None) -> str:
+    """Emit the event of a verdict, and give its name. A run is worth more than its event.
+
+    Args:
+        run: that was judged.
+        verdict: on it.
+        before: the leading rule that refused the run before this one; None where it was promoted, or there was none.
+    """
+    from llava_pipeline.tracking.settings import load_settings, run_address
+
+    rule = leading_rule(verdict)
+    event = PROMOTED if verdict.decision == "promoted" else UNCHANGED if rule == before else REFUSED
+    payload = {
+        "subject": f"{verdict.registered_model}: {verdict.decision}", "sentence": sentence(verdict),
+        "version": verdict.version, "champion": verdict.champion, "rule": rule,
+        "page": run_address(load_settings(), run.experiment_id, run.run_id),
+    }  # fmt: skip
+    try:
+        emit_event(
+            event, {"prefect.resource.id": f"llava-pipeline.model.{verdict.registered_model}"}, payload=payload
+        )  # fmt: skip
+    except Exception as error:
+        log.warning("the verdict is not told to Prefect: %s", error)
+    return event
+
+
+def leading_rule(verdict: Verdict) -> str | None:
+    """The first rule that was not kept: rules stand in the order of their weight."""
+    return next((rule.name for rule in verdict.rules if not rule.passed), None)
+
+
+def sentence(verdict: Verdict) -> str:
+    """What happened, for a person who reads one line."""
+    name, version = verdict.registered_model, verdict.version
+    if verdict.decision == "promoted":
+        before = f"; version {verdict.previous} was before" if verdict.previous else ", the first one"
+        return f"Version {version} of {name} is champion{before}."
+    broken = next((rule for rule in verdict.rules if not rule.passed), None)
+    if broken is None:
+        return f"Version {version} of {name} passed the gate and waits for a person: llava-pipeline promote {version}."
+    stays = f"version {verdict.champion} stays champion" if verdict.champion else "there is no champion"
+    return (
+        f"Version {version} of {name} was refused by {broken.name.replace('_', ' ')}: found {broken.found}, "
+        f"required {broken.required}; {stays}."
+    )
