@@ -310,3 +310,80 @@ class Verdict(Frozen):
     def passed(self) -> bool:
         """Whether every rule did; a challenger that passed waits for a person."""
         return all(rule.passed for rule in self.rules)
+
+
+class Combination(Frozen):
+    """What one training of a sweep has of its own."""
+
+    learning_rate: float
+    warmup_share: float
+    seed: int
+
+
+class Trial(Frozen):
+    """What came of one combination; the numbers are missing where it failed."""
+
+    combination: Combination
+    run_id: str
+    failure: str | None = None
+    likelihood: float | None = None  # of the true answers, with the right picture
+    exact_match: float | None = None
+    grounding_gain: float | None = None
+    held_out_loss: float | None = None
+
+
+class Setting(Frozen):
+    """A learning rate and a warm-up over all seeds of a sweep."""
+
+    learning_rate: float
+    warmup_share: float
+    num_seeds: int  # that were trained to the end
+    num_failed: int
+    likelihood: float | None  # mean over those seeds; None where none was trained
+    lowest: float | None
+    highest: float | None
+    exact_match: float | None
+    held_out_loss: float | None
+
+
+class SweepRun(Frozen):
+    """The MLflow run of a sweep, the parent of its trials."""
+
+    experiment_id: str
+    run_id: str
+
+
+class Swept(Frozen):
+    """What a sweep found."""
+
+    run_id: str
+    experiment_id: str
+    profile: str
+    trials: tuple[Trial, ...]
+    settings: tuple[Setting, ...]  # the best one first
+    night: str  # the command that trains with the best one
+
+
+class Differences(Frozen):
+    """A version's answers now beside those that were recorded of it."""
+
+    num_questions: int
+    changed_share: float  # of answers that are other words now
+    exact_match: float
+    exact_match_recorded: float
+    likelihood: float
+    likelihood_recorded: float
+    grounding_gain: float | None  # None with too few pictures
+    grounding_gain_recorded: float | None
+
+
+class ChampionCheck(Frozen):
+    """What came of asking the champion again."""
+
+    registered_model: str
+    version: str
+    run_id: str  # of the check
+    trained_in: str  # run of the version
+    differences: Differences | None  # None where it could not be asked
+    serving: str  # what was found there, or why nobody was asked
+    problems: tuple[str, ...]  # empty: all is as it was recorded
