@@ -8,10 +8,9 @@ from __future__ import annotations
 from datetime import timedelta
 from uuid import UUID
 
-from prefect.automations import Automation
 from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState, SendNotification
-from prefect.events.schemas.automations import EventTrigger, Posture
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 
 from flows.telling import PROMOTED, REFUSED
@@ -26,7 +25,9 @@ RUN = "{{ flow.name }} / {{ flow_run.name }}"
 PAGE = "{{ flow_run|ui_url }}"
 
 
-def automations(notify: UUID | None, missed_after: timedelta = timedelta(minutes=MISSED_MINUTES)) -> list[Automation]:
+def automations(
+    notify: UUID | None, missed_after: timedelta = timedelta(minutes=MISSED_MINUTES)
+) -> list[AutomationCore]:
     """Everything that ``llava-pipeline deploy`` makes; what tells people only where it is known whom to tell.
 
     Args:
@@ -36,9 +37,9 @@ def automations(notify: UUID | None, missed_after: timedelta = timedelta(minutes
     return [_dead()] if notify is None else [_dead(), *_told(notify, missed_after)]
 
 
-def _dead() -> Automation:
+def _dead() -> AutomationCore:
     """A run whose process was killed sends no heartbeat any more, and is marked as crashed."""
-    return Automation(
+    return AutomationCore(
         name=f"{PREFIX}a run without a heartbeat has crashed",
         trigger=EventTrigger(
             after={HEARTBEAT}, expect={HEARTBEAT} | ENDS, match=_any(), for_each={"prefect.resource.id"},
@@ -50,7 +51,7 @@ def _dead() -> Automation:
     )  # fmt: skip
 
 
-def _told(notify: UUID, missed_after: timedelta) -> list[Automation]:
+def _told(notify: UUID, missed_after: timedelta) -> list[AutomationCore]:
     message = f"{RUN}: {{{{ flow_run.state.message }}}}\n{PAGE}"
     return [
         _verdict("promoted", PROMOTED, notify),
@@ -62,8 +63,8 @@ def _told(notify: UUID, missed_after: timedelta) -> list[Automation]:
     ]
 
 
-def _verdict(name: str, event: str, notify: UUID) -> Automation:
-    return Automation(
+def _verdict(name: str, event: str, notify: UUID) -> AutomationCore:
+    return AutomationCore(
         name=f"{PREFIX}{name}",
         trigger=EventTrigger(
             expect={event}, match=_any("llava-pipeline.model.*"), posture=Posture.Reactive, threshold=1,
@@ -78,8 +79,8 @@ def _verdict(name: str, event: str, notify: UUID) -> Automation:
     )  # fmt: skip
 
 
-def _when(name: str, event: str, body: str, notify: UUID) -> Automation:
-    return Automation(
+def _when(name: str, event: str, body: str, notify: UUID) -> AutomationCore:
+    return AutomationCore(
         name=f"{PREFIX}{name}",
         trigger=EventTrigger(
             expect={event}, match=_any(), match_related=ResourceSpecification.model_validate(TAG),
@@ -89,9 +90,9 @@ def _when(name: str, event: str, body: str, notify: UUID) -> Automation:
     )  # fmt: skip
 
 
-def _missed(notify: UUID, missed_after: timedelta) -> Automation:
+def _missed(notify: UUID, missed_after: timedelta) -> AutomationCore:
     """A run that was due and that nobody has begun: no worker is there, or all are busy."""
-    return Automation(
+    return AutomationCore(
         name=f"{PREFIX}missed",
         trigger=EventTrigger(
             after={"prefect.flow-run.Late"}, expect={"prefect.flow-run.Pending", "prefect.flow-run.Running"} | ENDS,

@@ -13,18 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID
 
+import httpx
+from prefect.exceptions import PrefectException
+
 from flows.devices import devices, ensure_limits
 from llava_pipeline.errors import NotDeployed
 from llava_pipeline.operations.services import POOL
 
 if TYPE_CHECKING:
-    from prefect.automations import Automation
     from prefect.client.orchestration import SyncPrefectClient
+    from prefect.events.schemas.automations import AutomationCore
 
 log = logging.getLogger("llava_pipeline.flow")
 PoolKind = Literal["process", "docker", "kubernetes"]
 BLOCK = "llava-pipeline"
 SECONDS_TO_DEPLOY = 600.0
+REFUSALS = (PrefectException, httpx.HTTPError, OSError)  # that a server, or the way to it, answers with
 
 
 def deploy(kind: PoolKind, notify: str | None) -> dict[str, Any]:
@@ -111,7 +115,7 @@ def ensure_automations(client: SyncPrefectClient, block: UUID | None) -> list[st
     return [automation.name for automation in wanted]
 
 
-def _put(client: SyncPrefectClient, automation: Automation) -> None:
+def _put(client: SyncPrefectClient, automation: AutomationCore) -> None:
     there = client.read_automations_by_name(automation.name)
     if not there:
         client.create_automation(automation)
@@ -127,7 +131,13 @@ def deploy_all() -> None:
     Raises:
         NotDeployed: with what Prefect said.
     """
-    command = ["--no-prompt", "deploy", "--prefect-file", str(files() / "prefect.yaml"), "--all"]
+    command = [
+        "--no-prompt",
+        "deploy",
+        "--prefect-file",
+        __import__("os").environ.get("PFY") or str(files() / "prefect.yaml"),
+        "--all",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "prefect", *command], capture_output=True, text=True, timeout=SECONDS_TO_DEPLOY,
     )  # fmt: skip

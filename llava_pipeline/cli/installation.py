@@ -1,4 +1,4 @@
-"""``llava-pipeline up | down | status | deploy | mlflow-server | prefect-server | worker``: an installation of servers."""
+"""``llava-pipeline up | down | status | deploy | mlflow-server | prefect-server | worker``: servers and what is on them."""
 
 from __future__ import annotations
 
@@ -141,12 +141,12 @@ def put_on_prefect(settings: Settings, pool: str, notify: str | None) -> dict[st
         raise SpecError(f"--pool {pool}: flow runs run as process, docker or kubernetes jobs")
     os.environ["PREFECT_API_URL"] = str(settings.prefect.api_url)
     local_defaults(debug=debugging())
+    from flows.installation import REFUSALS
     from flows.installation import deploy as deploy_on
-    from prefect.exceptions import PrefectException
 
     try:
         return deploy_on(pool, notify)  # type: ignore[arg-type]  # it has been checked
-    except (PrefectException, OSError) as error:
+    except REFUSALS as error:
         told = " ".join(str(error).split())[:300] or type(error).__name__
         raise NotDeployed(f"Prefect at {settings.prefect.api_url} does not take it: {told}") from error
 

@@ -47,11 +47,11 @@ def serve(
     for name in aliases:
         if not ALIAS.fullmatch(name):
             raise SpecError(f"{name!r} is no alias; it has letters, digits, dots, hyphens and underscores")
-    with accesses.bind(access) as bound:
-        if wait:
-            from llava_pipeline.stages.first_champion import wait_for_alias
+    if wait:  # not with the port taken: whoever asks meanwhile is refused, and need not wait as well
+        from llava_pipeline.stages.first_champion import wait_for_alias
 
-            wait_for_alias(registered_model_of(profile), aliases[0], settings, poll)
+        wait_for_alias(registered_model_of(profile), aliases[0], settings, poll)
+    with accesses.bind(access) as bound:
         from llava_pipeline.serving import server
         from llava_pipeline.serving.versions import Follower
         from llava_pipeline.stages.serve import open_desk

@@ -14,8 +14,8 @@ from typing import Literal
 from llava_pipeline.addresses import Addresses, forget_addresses, read_addresses, write_addresses
 from llava_pipeline.errors import AddressRefused
 from llava_pipeline.operations import processes
+from llava_pipeline.operations.services import places
 from llava_pipeline.spec import Frozen
-from llava_pipeline.store import home
 from llava_pipeline.tracking.client import locked
 from llava_pipeline.tracking.settings import Settings
 
@@ -151,7 +151,7 @@ def _start(name: str, arguments: list[str], before: list[str]) -> None:
     if name not in before:
         log.info("starting %s ...", name)
         command = [str(Path(sys.executable).with_name("llava-pipeline")), *arguments]
-        processes.start(name, command, {"LLAVA_PIPELINE_HOME": str(home())})
+        processes.start(name, command, places())
 
 
 def _refuse_other_installation(planned: Addresses, before: list[str]) -> None:

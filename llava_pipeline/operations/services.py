@@ -8,17 +8,22 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from llava_pipeline import store
 from llava_pipeline.spec import Frozen
-from llava_pipeline.tracking.settings import Settings, auth_file, server_command, server_environment
+from llava_pipeline.tracking.settings import (
+    FILE,
+    FILE_VARIABLE,
+    Settings,
+    auth_file,
+    server_command,
+    server_environment,
+)
 
 POOL = "llava-pipeline"
 NIGHTS_AT_ONCE = 4  # flow runs of one worker; who trains holds the device alone
 HEARTBEAT_SECONDS = 30
 EVENTS_DAYS, FLOW_RUNS_DAYS = 7, 90
-DAY = 24 * 60 * 60
 
 
 class Command(Frozen):
@@ -61,8 +66,8 @@ def prefect_server(settings: Settings) -> Command:
         # In files: a server that is started again knows who holds a device, and frees what nobody renews.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
-        "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": str(FLOW_RUNS_DAYS * DAY),
-        "PREFECT_SERVER_EVENTS_RETENTION_PERIOD": str(EVENTS_DAYS * DAY),
+        "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": f"P{FLOW_RUNS_DAYS}D",
+        "PREFECT_SERVER_EVENTS_RETENTION_PERIOD": f"P{EVENTS_DAYS}D",
     }
     if server.database_url is not None:
         own["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = server.database_url
@@ -90,10 +95,9 @@ def prefect_environment() -> dict[str, str]:
 def flow_environment(settings: Settings) -> dict[str, str]:
     """What a flow run has to know that starts in a folder of its own: absolute places, and where the servers are."""
     known = {
-        "LLAVA_PIPELINE_HOME": str(store.home()),
+        **places(),
         "PREFECT_API_URL": settings.prefect.api_url,
         "MLFLOW_TRACKING_URI": settings.tracking.uri,
-        "LLAVA_PIPELINE_SETTINGS": settings_file(),
         "PREFECT_LOGGING_EXTRA_LOGGERS": "llava_pipeline",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -101,19 +105,12 @@ def flow_environment(settings: Settings) -> dict[str, str]:
     return {name: value for name, value in known.items() if value is not None}
 
 
-def settings_file() -> str | None:
-    """The settings file that this process reads, by its whole path."""
-    named = os.environ.get("LLAVA_PIPELINE_SETTINGS")
-    path = Path(named or "mlflow.yml").absolute()
-    return str(path) if path.is_file() else None
+def places() -> dict[str, str]:
+    """This home and this settings file, for a process that starts in another folder."""
+    file = Path(os.environ.get(FILE_VARIABLE) or FILE).absolute()
+    return {"LLAVA_PIPELINE_HOME": str(store.home())} | ({FILE_VARIABLE: str(file)} if file.is_file() else {})
 
 
 def unset(variables: dict[str, str]) -> dict[str, str]:
     """Those that the environment does not say already."""
     return {name: value for name, value in variables.items() if name not in os.environ}
-
-
-def port_of(url: str) -> tuple[str, int]:
-    """Host and port of an address."""
-    parts = urlsplit(url)
-    return parts.hostname or "127.0.0.1", parts.port or 80
