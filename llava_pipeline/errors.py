@@ -11,7 +11,8 @@ LlavaPipelineError                 exit code 1: something failed
 │   ├── OtherTraining              a folder that holds another training, or one that is running
 │   ├── PictureRefused             a picture that cannot be read or is not accepted
 │   ├── KeyFileRefused             a file of API keys that is not one, or that others can write
-│   └── AddressRefused             an address that cannot be served on, or not without keys
+│   ├── AddressRefused             an address that cannot be served on, or not without keys
+│   └── BackupRefused              a backup that is not whole, or a place that is in use or not empty
 ├── BackboneError
 │   ├── BackboneUnavailable        not reachable now, or not to be read, and not cached
 │   ├── DigestMismatch             a file is not the file that was pinned
@@ -36,6 +37,7 @@ LlavaPipelineError                 exit code 1: something failed
 ├── TrackingError                  MLflow refuses
 │   ├── TrackingUnavailable        MLflow cannot be reached
 │   └── NotShipped                 a night that waited was refused
+├── BackupFailed                   a database or an artifact cannot be copied, or not be put back
 ├── NotServing                     the server did not start
 └── Regressed                      the champion does not answer any more as it was recorded
 """
@@ -89,6 +91,10 @@ class KeyFileRefused(UserError):
 
 class AddressRefused(UserError):
     """An address that cannot be served on, or not without keys."""
+
+
+class BackupRefused(UserError):
+    """A backup that is not whole, or a place of one, or for one, that is in use or not empty."""
 
 
 class BackboneError(LlavaPipelineError):
@@ -189,6 +195,10 @@ class TrackingUnavailable(TrackingError):
 
 class NotShipped(TrackingError):
     """A night that waited for MLflow was refused; it is put aside."""
+
+
+class BackupFailed(LlavaPipelineError):
+    """A database or an artifact that cannot be copied, or not be put back."""
 
 
 class NotServing(LlavaPipelineError):

@@ -209,11 +209,13 @@ def _remove(item: Item, floor: float) -> Item:
     removers: dict[str, Callable[[Path], str | None]] = {
         "training": _remove_training, "bundles of serving": _remove_bundle, "logs of services": _shorten,
     }  # fmt: skip
-    remover = removers.get(item.kind)
-    if remover is None:
-        kept = "taken in use meanwhile" if _changed(path) >= floor else _discard(path)
-    else:
+    kept: str | None = None
+    if (remover := removers.get(item.kind)) is not None:
         kept = remover(path)
+    elif _changed(path) >= floor:
+        kept = "taken in use meanwhile"
+    else:
+        _discard(path)
     return item if kept is None else item.model_copy(update={"deleted": False, "why": kept})
 
 
@@ -228,7 +230,10 @@ def _discard(path: Path) -> None:
 
 def _remove_training(path: Path) -> str | None:
     with _training_at_rest(path) as at_rest:
-        return _discard(path) if at_rest else "it is running"
+        if not at_rest:
+            return "it is running"
+        _discard(path)
+    return None
 
 
 def _remove_bundle(path: Path) -> str | None:

@@ -11,10 +11,10 @@ from urllib.parse import urlsplit
 
 import requests
 
+from llava_pipeline.operations import services
 from llava_pipeline.operations.finding import Finding, problem, warning, well
-from llava_pipeline.operations.services import settings_file
 from llava_pipeline.tracking import health
-from llava_pipeline.tracking.settings import Settings
+from llava_pipeline.tracking.settings import FILE_VARIABLE, Settings
 
 SECONDS = 5.0
 CLOCK_WARNING, CLOCK_PROBLEM = 10.0, 300.0  # S3 refuses requests that are fifteen minutes off
@@ -149,7 +149,7 @@ def _secret_files(settings: Settings) -> list[Path]:
     """Files that hold a password or a key's hash."""
     places = (settings.server.backend_store_uri, settings.prefect.database_url, settings.tracking.uri)
     has_password = any(urlsplit(place).password for place in places if place)
-    known = [settings_file() if has_password else None, settings.serving.keys]
+    known = [services.places().get(FILE_VARIABLE) if has_password else None, settings.serving.keys]
     return [Path(path).expanduser() for path in known if path is not None]
 
 
