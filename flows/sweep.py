@@ -11,7 +11,8 @@ from typing import Annotated
 
 import prefect
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
-from pydantic import Field
+from prefect.exceptions import ParameterTypeError
+from pydantic import Field, ValidationError
 
 from flows import hooks
 from flows.form import Changes, Overrides, ProfileName, spec_of
@@ -25,8 +26,8 @@ from flows.stages import (
     validate_stream,
 )
 from llava_pipeline.contracts import AssembledModel, Combination, Evaluation, SweepRun, Swept, Trial, ValidatedData
-from llava_pipeline.errors import Diverged
-from llava_pipeline.spec import RunSpec
+from llava_pipeline.errors import Diverged, SpecError
+from llava_pipeline.spec import RunSpec, load_spec
 
 log = logging.getLogger("llava_pipeline.flow")
 MODULE = "llava_pipeline.stages.sweep"
@@ -100,6 +101,22 @@ def sweep(
         raise
     show_sweep(found)
     return found
+
+
+def sweep_as_asked(
+    profile: str, overrides: list[str], rates: list[float], warmups: list[float], seeds: list[int]
+) -> Swept:  # fmt: skip
+    """The same with changes of the profile as ``a.b=value``.
+
+    Raises:
+        SpecError: values out of range, or too many combinations.
+    """
+    own, wanted = (load_spec(profile, said).model_dump(mode="json") for said in ([], overrides))
+    changes = {part: value for part, value in wanted.items() if value != own[part]}  # whole parts: no kind is missing
+    try:
+        return sweep(rates, warmups, seeds, profile, Changes.model_validate(changes))
+    except (ParameterTypeError, ValidationError) as error:
+        raise SpecError(" ".join(str(error).split())) from error
 
 
 def try_one(

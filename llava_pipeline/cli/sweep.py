@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -45,26 +45,15 @@ def run_sweep(
         TrackingError: MLflow cannot be reached; nothing has been started then.
     """
     from flows.local import local_defaults
-    from llava_pipeline.errors import SpecError
-    from llava_pipeline.spec import apply_override
     from llava_pipeline.tracking.client import check_reachable
     from llava_pipeline.tracking.settings import load_settings
 
     check_reachable(load_settings())
     local_defaults(debug=debugging())
     logging.getLogger("llava_pipeline").info("starting Prefect (the first time takes half a minute) ...")
-    from prefect.exceptions import ParameterTypeError
+    from flows.sweep import sweep_as_asked
 
-    from flows.form import Changes
-    from flows.sweep import sweep as flow
-
-    changes: dict[str, Any] = {}
-    for override in overrides:
-        apply_override(changes, override)
-    try:
-        return flow(rates, warmups, seeds, profile, Changes.model_validate(changes))
-    except ParameterTypeError as error:
-        raise SpecError(" ".join(str(error).split())) from error
+    return sweep_as_asked(profile, overrides, rates, warmups, seeds)
 
 
 def told(found: Swept) -> None:
