@@ -5,12 +5,11 @@ from __future__ import annotations
 import prefect
 
 from flows.form import Changes, Overrides, ProfileName, spec_of
-from flows.hooks import mark_failed, sweep
-from flows.train import train
+from flows.train import HOOKS, train
 from llava_pipeline.contracts import Verdict
 
 
-@prefect.flow(name=train.name, on_running=[sweep], on_failure=[mark_failed], on_crashed=[mark_failed])
+@prefect.flow(name=train.name, **HOOKS)
 def nightly(profile: ProfileName = "pocket", overrides: Overrides = Changes()) -> Verdict:  # noqa: B008
     """Teach a frozen language model to see: only the projector learns."""
     return train.fn(spec_of(profile, overrides))

@@ -9,6 +9,8 @@ and reused stands in ``flows/stages.py``; what it does, in ``llava_pipeline/stag
 
 from __future__ import annotations
 
+from typing import Any
+
 import prefect
 
 from flows.hooks import mark_failed, sweep
@@ -26,7 +28,15 @@ from llava_pipeline.contracts import Verdict
 from llava_pipeline.spec import RunSpec
 
 
-@prefect.flow(name="train-projector", on_running=[sweep], on_failure=[mark_failed], on_crashed=[mark_failed])
+HOOKS: dict[str, Any] = {
+    "on_running": [sweep],
+    "on_failure": [mark_failed],
+    "on_crashed": [mark_failed],
+    "on_cancellation": [mark_failed],
+}
+
+
+@prefect.flow(name="train-projector", **HOOKS)
 def train(spec: RunSpec) -> Verdict:
     """Teach a frozen language model to see: only the projector learns."""
     backbones = fetch_backbones(spec.backbones)

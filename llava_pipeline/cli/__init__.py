@@ -1,5 +1,5 @@
 """The command line, ``llava-pipeline``: plan, run, demo, validate, chat, runs; evaluate, gate; promote, rollback,
-history, delete; serve, key; sweep; up, down, status, deploy, mlflow-server, prefect-server,
+history, delete; serve, key; sweep; up, down, status, deploy, ship, mlflow-server, prefect-server,
 worker; gc, doctor, backup, restore.
 
 Nothing heavy is imported until a command needs it. Progress and messages go to stderr; with ``--json`` the last line

@@ -95,6 +95,23 @@ def deploy(pool: Pool = "process", notify: Notify = None, as_json: AsJson = Fals
     print("People are told." if made["notifies"] else f"Nobody is told: say --notify URL, or set {NOTIFY_VARIABLE}.")
 
 
+@app.command()
+def ship(as_json: AsJson = False) -> None:
+    """Record what waits because MLflow was away, and let the gate decide on it; a deployment does so every hour."""
+    from flows.local import local_defaults
+
+    local_defaults(debug=debugging())
+    from flows.ship import ship as ship_waiting
+    from llava_pipeline.tracking import spool
+
+    shipped = ship_waiting()
+    left = len(spool.waiting())
+    if as_json:
+        show.document({"shipped": shipped, "waiting": left})
+    else:
+        print(f"{shipped} recorded, {left} still waiting.")
+
+
 @app.command(name="mlflow-server")
 def mlflow_server(print_only: Print = False) -> None:
     """Be the tracking server that mlflow.yml describes."""
