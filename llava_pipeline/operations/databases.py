@@ -93,7 +93,10 @@ def is_empty(database: Database) -> bool:
         if not database.path.exists():
             return True
         with contextlib.closing(_open(database.path)) as opened:
-            return int(opened.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]) == 0
+            try:
+                return int(opened.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]) == 0
+            except sqlite3.DatabaseError:  # damaged, so something is there
+                return False
     return _ask(database, "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'") == "0"
 
 

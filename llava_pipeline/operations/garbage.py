@@ -56,7 +56,7 @@ def collect(settings: Settings, keep_runs: int, *, dry_run: bool, now: float | N
     if told is None:
         _refuse_without_records(settings)
         told = Recorded(referrers=(), running_since=None)
-    look = _Look(told, at)
+    look = Look(told, at)
     items = sorted(look.items(), key=lambda item: (item.kind, item.path))
     return items if dry_run else [_remove(item, look.floor) for item in items]
 
@@ -70,7 +70,7 @@ def _refuse_without_records(settings: Settings) -> None:
         )
 
 
-class _Look:
+class Look:
     """One look at a home: what is in it, and what of it is needed."""
 
     def __init__(self, told: Recorded, now: float) -> None:
