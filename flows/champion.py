@@ -57,7 +57,15 @@ def record_check(
 
 @prefect.flow(name="evaluate-champion", on_running=[sweep])
 def evaluate_champion(profile: ProfileName = "pocket") -> ChampionCheck | None:
-    """Ask the champion its own held-out questions again; fails where it does not answer as it was recorded."""
+    """Ask the champion its own held-out questions again.
+
+    Args:
+        profile: A profile's name; its champion is asked.
+
+    Raises:
+        Regressed: it does not answer as it was recorded, or is not what is served.
+        TrackingUnavailable, SourceUnavailable: nothing can be said of it now.
+    """
     spec = load_spec(profile)
     model = spec.registered_model
     champion = find_champion(model)

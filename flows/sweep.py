@@ -33,15 +33,15 @@ log = logging.getLogger("llava_pipeline.flow")
 MODULE = "llava_pipeline.stages.sweep"
 LearningRates = Annotated[
     list[Annotated[float, Field(gt=0, lt=float("inf"))]],
-    Field(min_length=1, max_length=64, description="Peak learning rates to try."),
+    Field(min_length=1, max_length=64),
 ]
 WarmupShares = Annotated[
     list[Annotated[float, Field(ge=0, lt=1)]],
-    Field(min_length=1, max_length=64, description="Shares of the budget that warm up linearly, to try."),
+    Field(min_length=1, max_length=64),
 ]
 Seeds = Annotated[
     list[Annotated[int, Field(ge=0, lt=1 << 40)]],
-    Field(min_length=1, max_length=64, description="Seeds of the order of samples: how much a result scatters."),
+    Field(min_length=1, max_length=64),
 ]
 
 
@@ -84,7 +84,19 @@ def sweep(
     profile: ProfileName = "pocket",
     changes: Overrides = Changes(),  # noqa: B008
 ) -> Swept:
-    """Try every learning rate with every warm-up and every seed; at most 64 combinations."""
+    """Try every learning rate with every warm-up and every seed; at most 64 combinations.
+
+    Args:
+        learning_rates: Peak learning rates to try.
+        warmup_shares: Shares of the budget that warm up linearly, to try.
+        seeds: Seeds of the order of samples: how much a result scatters.
+        profile: A profile's name.
+        changes: Values of the profile to change; what is left out stays.
+
+    Raises:
+        SpecError: more than 64 combinations, or a learning rate below the one that the cosine ends with.
+        NothingTrained: every combination failed.
+    """
     from llava_pipeline.stages.sweep import combinations, spec_with, swept
 
     spec = spec_of(profile, changes)

@@ -42,6 +42,7 @@ CHANGED = Changes.model_validate({
 })  # fmt: skip
 TOO_HIGH = 1e30
 RATES = [1e-3, TOO_HIGH]
+AXES = ("learning_rates", "warmup_shares", "seeds")
 
 
 def swept_by(rates: list[float], warmups: list[float], seeds: list[int]) -> Swept:
@@ -225,6 +226,15 @@ def wait_for_one_child(process: subprocess.Popen[bytes]) -> tuple[str, str]:
                 return parent.info.run_id, finished[0]
         time.sleep(0.1)
     raise AssertionError("no combination was finished")
+
+
+def test_prefect_s_form_has_a_sentence_and_the_limits_of_every_value() -> None:
+    properties = sweep.parameters.properties
+    assert [name for name, told in properties.items() if not told.get("description")] == []
+    limits = {name: properties[name]["items"] | {"least": properties[name]["minItems"]} for name in AXES}
+    assert [limits[name].get("exclusiveMinimum", limits[name].get("minimum")) for name in AXES] == [0, 0, 0]
+    assert limits["warmup_shares"]["exclusiveMaximum"] == 1
+    assert {limit["least"] for limit in limits.values()} == {1}
 
 
 @pytest.mark.parametrize(
