@@ -63,12 +63,12 @@ def tool(name: str) -> str:
 def compose(
     folder: Path, variables: dict[str, str], *arguments: str, files: tuple[str, ...] = ("compose.yaml",)
 ) -> subprocess.CompletedProcess[str]:
-    """``docker compose config`` with nothing else in the environment."""
+    """``docker compose config`` of all services, with nothing else in the environment."""
     env_file = folder / "env"
     env_file.write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
     named = [part for file in files for part in ("-f", str(DEPLOY / file))]
     return subprocess.run(
-        ["docker", "compose", "--env-file", str(env_file), *named, "config", *arguments],
+        ["docker", "compose", "--env-file", str(env_file), *named, "--profile", "*", "config", *arguments],
         capture_output=True, text=True, timeout=60, env={"PATH": os.environ["PATH"], "HOME": str(folder)},
     )  # fmt: skip
 
@@ -83,8 +83,9 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Services:
 
 
 def one_shots(services: Services) -> set[str]:
-    """Services that others wait for until they have ended."""
-    return {
+    """Services that others wait for until they have ended, and those that a person asks for by name."""
+    asked_for = {name for name, service in services.items() if "profiles" in service}
+    return asked_for | {
         name
         for service in services.values()
         for name, how in service.get("depends_on", {}).items()
@@ -202,7 +203,7 @@ def test_databases_and_artifacts_have_no_way_out_and_no_way_in_but_the_servers(
     for name in ("postgres", "store"):
         assert list(services[name]["networks"]) == ["back"]
     reach = {name for name, service in services.items() if "back" in (service.get("networks") or {})}
-    assert reach == {"postgres", "store", "bucket", "mlflow", "prefect"}
+    assert reach == {"postgres", "store", "bucket", "mlflow", "prefect", "care"}
 
 
 @needs_compose
@@ -250,7 +251,7 @@ def test_every_service_of_ours_is_a_command_that_takes_its_options(services: Ser
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     started = {}
     for name, service in services.items():
-        if "build" in service and service.get("entrypoint") is None:
+        if "build" in service and service.get("entrypoint") is None and "profiles" not in service:
             word, *options = service["command"]
             commands[word].make_context(word, options)
             started[name] = word
