@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from llava_pipeline.errors import NotStarted
 from llava_pipeline.spec import Frozen
 from llava_pipeline.store import home, write_text
+from llava_pipeline.which_process import began
 
 SECONDS_TO_END = 75.0  # a training that is told to stop saves first, and may take a minute
 SECONDS_BETWEEN = 0.2
@@ -33,7 +34,7 @@ class Process(Frozen):
     """One that was started."""
 
     pid: int
-    began: float  # seconds since the epoch, as the kernel tells it
+    began: str  # as ``which_process`` tells it
     argv: tuple[str, ...]
 
 
@@ -57,8 +58,8 @@ def start(name: str, argv: list[str], environment: dict[str, str]) -> None:
             argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=folder(),
             env=os.environ | environment,
         )  # fmt: skip
-    began = psutil.Process(started.pid).create_time()
-    write_text(_note(name), Process(pid=started.pid, began=began, argv=tuple(argv)).model_dump_json(indent=1) + "\n")
+    note = Process(pid=started.pid, began=began(started.pid), argv=tuple(argv))
+    write_text(_note(name), note.model_dump_json(indent=1) + "\n")
 
 
 def running(name: str) -> psutil.Process | None:
@@ -66,8 +67,8 @@ def running(name: str) -> psutil.Process | None:
     try:
         noted = Process.model_validate_json(_note(name).read_text(encoding="utf-8"))
         process = psutil.Process(noted.pid)
-        alive = abs(process.create_time() - noted.began) < 0.01 and process.status() != psutil.STATUS_ZOMBIE
-    except (OSError, ValidationError, psutil.NoSuchProcess):
+        alive = began(noted.pid) == noted.began and process.status() != psutil.STATUS_ZOMBIE
+    except (OSError, ValidationError, psutil.NoSuchProcess):  # ProcessLookupError is an OSError
         return None
     return process if alive else None
 

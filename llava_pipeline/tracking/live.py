@@ -49,6 +49,7 @@ class Live:
         self.lock, self.ending, self.told = threading.Lock(), threading.Event(), False
         self.closed = False
         self.training: str | None = None  # its folder's name: the same for a training that is gone on with
+        self.trains = False  # a step has been taken; before that nothing is begun
         self.run_id: str | None = None
         self.last_step = 0  # that an attempt before this one has sent
         self.client: Any = None
@@ -61,6 +62,7 @@ class Live:
         if event["event"] == "training":
             self.training = str(event["id"])
         if event["event"] == "step":
+            self.trains = True
             with self.lock:
                 self.waiting += content.step_points(event)
 
@@ -104,11 +106,13 @@ class Live:
         if self.client is None:
             self.client = connect(self.settings)
         if self.run_id is None:
-            if self.closed or self.training is None:
+            if self.closed or not self.trains:
                 return
-            adopt(self.client, self.settings, self.tags, self.training)
+            if self.training is not None:
+                adopt(self.client, self.settings, self.tags, self.training)
             _, run_id = begin(self.client, self.spec, self.settings, self.tags, self.started, gives_way=True)
-            self.client.set_tag(run_id, TRAINING, self.training)
+            if self.training is not None:
+                self.client.set_tag(run_id, TRAINING, self.training)
             self.last_step = max((step for _, step in points_there(self.client, run_id, ["train/loss"])), default=0)
             self.run_id = run_id
         while self.waiting:

@@ -7,10 +7,9 @@ import os
 import socket
 from typing import TYPE_CHECKING
 
-import psutil
-
 from llava_pipeline.tracking.client import connect, find_experiment, first_line
 from llava_pipeline.tracking.settings import Settings
+from llava_pipeline.which_process import began
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -22,7 +21,7 @@ REASON = "its process ended without telling"
 
 def this_process() -> str:
     """Host, number and start time: a number alone is given again to another process."""
-    return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
+    return f"{socket.gethostname()}:{os.getpid()}:{began(os.getpid())}"
 
 
 def sweep_stale(settings: Settings) -> list[str]:
@@ -53,10 +52,10 @@ def left_alone(run: Run) -> bool:
 def is_gone(process: str) -> bool:
     """Whether a process, as ``this_process`` names it, was one of this host and has ended."""
     host, _, rest = process.partition(":")
-    number, _, began = rest.partition(":")
+    number, _, then = rest.partition(":")
     if host != socket.gethostname() or not number.isdecimal():
         return False
     try:
-        return f"{psutil.Process(int(number)).create_time():.2f}" != began
-    except psutil.NoSuchProcess:
+        return began(int(number)) != then
+    except ProcessLookupError:
         return True

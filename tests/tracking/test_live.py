@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from itertools import count
+from multiprocessing import get_context
 from typing import Any
 
 import pytest
@@ -10,10 +13,11 @@ import pytest
 from llava_pipeline.errors import TrackingUnavailable
 from llava_pipeline.spec import RunSpec
 from llava_pipeline.tracking import content, live
-from llava_pipeline.tracking.client import connect
+from llava_pipeline.tracking.client import connect, ensure_experiment
 from llava_pipeline.tracking.live import Live
 from llava_pipeline.tracking.run import record
 from llava_pipeline.tracking.settings import Settings
+from llava_pipeline.tracking.stale import sweep_stale
 from tests.tracking.conftest import NUM_STEPS, MakeEvaluation
 
 TAGS = {"prefect.flow_run_id": "abc"}
@@ -83,3 +87,40 @@ def test_steps_that_a_training_takes_again_after_a_kill_are_there_once(
     recorded = record(spec, evaluation, settings, TAGS, started=STARTED)
     curve = connect(settings).get_metric_history(recorded.run_id, "train/loss")
     assert [(point.step, point.value) for point in curve] == [(1, 3.0), (2, 1.5), (3, 1.0)]
+
+
+def test_a_training_that_a_killed_process_began_goes_on_in_its_run(
+    spec: RunSpec, make_evaluation: MakeEvaluation, settings: Settings
+) -> None:
+    evaluation = make_evaluation()
+    events = steps(evaluation)
+
+    def watch(flow_run: str, training: str, *told: dict[str, Any]) -> Live:
+        sender = Live(spec, settings, {"prefect.flow_run_id": flow_run}, STARTED, seconds_between=0.05)
+        for event in ({"event": "training", "id": training}, *told):
+            sender(event)
+        sender.close()
+        return sender
+
+    def begin_and_die() -> None:
+        watch("killed", "a", *events[:2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = get_context("fork").Process(target=begin_and_die)
+    child.start()
+    child.join(60)
+    client = connect(settings)
+    (begun,) = client.search_runs([ensure_experiment(client, settings)])
+    assert watch("of another training", "b", events[0]).run_id != begun.info.run_id
+    sweep_stale(settings)
+    assert client.get_run(begun.info.run_id).info.status == "FAILED"
+
+    assert watch("following", "a", *events).run_id == begun.info.run_id
+    tags = {"prefect.flow_run_id": "following"}
+    assert record(spec, evaluation, settings, tags, started=STARTED).run_id == begun.info.run_id
+    run = client.get_run(begun.info.run_id)
+    assert (run.info.status, run.data.tags["llava.goes_on_from"]) == ("FINISHED", "killed")
+    assert "llava.failure" not in run.data.tags
+    curve = client.get_metric_history(begun.info.run_id, "train/loss")
+    assert [point.step for point in curve] == [1, 2, 3]
+    assert watch("a night later", "a", events[0]).run_id != begun.info.run_id, "what is finished is not gone on with"

@@ -62,7 +62,7 @@ def test_tracking_uri_variable_wins(home: Path, monkeypatch: pytest.MonkeyPatch)
     ("text", "message"),
     [
         ("gate: {min_margin: 0.1}", r"gate\.min_margin: unknown key; known here: min_grounding_gain, .*remove it"),
-        ("gates: {}", r"gates: unknown key; known here: server, tracking, registry, serving, gate, ui"),
+        ("gates: {}", r"gates: unknown key; known here: server, tracking, registry, prefect, serving, gate, ui"),
         ("gate: {max_regression: 2}", r"gate\.max_regression: .*less than or equal to 1 \(found 2\)"),
         ("gate: {max_regression: .nan}", r"gate\.max_regression: .*\(found nan\)"),
         ("registry: {champion: latest}", r"registry\.champion: .*\(found 'latest'\)"),

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from multiprocessing import get_context
+
+import psutil
+import pytest
 
 from llava_pipeline.spec import RunSpec
 from llava_pipeline.tracking.client import connect
@@ -45,9 +49,17 @@ def test_another_hosts_run_and_a_reused_number_are_told_apart(spec: RunSpec, set
     elsewhere, reused, untold = (begin_run(spec, settings) for _ in range(3))
     host, number, began = this_process().split(":")
     client.set_tag(elsewhere, PROCESS, f"not-{host}:{number}:1.00")
-    client.set_tag(reused, PROCESS, f"{host}:{number}:{float(began) - 100:.2f}")
+    client.set_tag(reused, PROCESS, f"{host}:{number}:1{began}")
     client.delete_tag(untold, PROCESS)
     assert sweep_stale(settings) == [reused]
+
+
+def test_a_clock_that_is_set_ends_no_run(spec: RunSpec, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin_run(spec, settings)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    monkeypatch.setattr(psutil, "boot_time", lambda: 0.0)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: 0.0)
+    assert sweep_stale(settings) == []
 
 
 def test_a_sweep_never_costs_a_run(home: object) -> None:
