@@ -189,7 +189,7 @@ def report(found: Swept) -> str:
         lines += ["", "## Failed", ""]
         lines += [f"- {named(trial.combination)}: {trial.failure}" for trial in failed]
     lines += [
-        "", "The best one as a night; its gate asks anew, for a likelihood that was chosen among many flatters:", "",
+        "", "The best one as a night. A likelihood that was chosen among many flatters; other rows tell its worth.", "",
         "```bash", found.night, "```",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
