@@ -103,6 +103,8 @@ def restore(
         print(f"restored: {place}")
     for place in done.aside:
         print(f"what was there before is in {place}")
+    for note in done.notes:
+        print(f"  note: {note}")
 
 
 def _show_items(items: list[Item]) -> None:

@@ -210,12 +210,15 @@ def _remove(item: Item, floor: float) -> Item:
         "training": _remove_training, "bundles of serving": _remove_bundle, "logs of services": _shorten,
     }  # fmt: skip
     kept: str | None = None
-    if (remover := removers.get(item.kind)) is not None:
-        kept = remover(path)
-    elif _changed(path) >= floor:
-        kept = "taken in use meanwhile"
-    else:
-        _discard(path)
+    try:
+        if (remover := removers.get(item.kind)) is not None:
+            kept = remover(path)
+        elif _changed(path) >= floor:
+            kept = "taken in use meanwhile"
+        else:
+            _discard(path)
+    except OSError as error:  # of another user, or on a disk that can only be read; the rest is removed all the same
+        kept = f"cannot be removed ({error.strerror})"
     return item if kept is None else item.model_copy(update={"deleted": False, "why": kept})
 
 

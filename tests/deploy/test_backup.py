@@ -41,7 +41,7 @@ while True:
 
 
 def facts(home: Path) -> dict[str, Any]:
-    """Runs, versions, aliases and metrics as MLflow's client tells them; of a copy, so that nobody uses the database."""
+    """Runs, versions, aliases and metrics as MLflow's client tells them of a copy, so that the database is free."""
     copy = home.parent / f"asked-{time.monotonic_ns()}.db"
     with sqlite3.connect(home / "mlflow.db") as source, sqlite3.connect(copy) as target:
         source.backup(target)

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import requests
 from sqlalchemy import create_engine, text
+from sqlalchemy.pool import NullPool
 
 from flows import findings
 from flows.automations import PREFIX
@@ -180,6 +181,7 @@ def test_postgresql_restarted_in_the_middle_of_recording_leaves_one_whole_run_an
     deadline = time.monotonic() + 30
     while len(finished(servers.settings)) == before_runs and time.monotonic() < deadline:
         time.sleep(0.05)  # until the run is begun
+    assert thread.is_alive()
     servers.cluster.control("restart")
     thread.join(120)
     run = outcome[-1]
@@ -259,7 +261,7 @@ def facts(url: str) -> dict[str, list[Any]]:
         ),
     }
     kind = "prefect" if "prefect" in url else "mlflow"
-    with create_engine(url).connect() as connection:
+    with create_engine(url, poolclass=NullPool).connect() as connection:
         return {query: [tuple(row) for row in connection.execute(text(query))] for query in asked[kind]}
 
 
@@ -290,7 +292,7 @@ def test_both_databases_and_the_bucket_are_backed_up_while_servers_run_and_resto
     assert {name: facts(cluster.url(f"{name}-other")) for name in ("mlflow", "prefect")} == before
     assert servers.s3.objects("other") == objects
 
-    with create_engine(cluster.url("mlflow-other")).begin() as connection:
+    with create_engine(cluster.url("mlflow-other"), poolclass=NullPool).begin() as connection:
         connection.execute(text("DELETE FROM registered_model_aliases"))
     with pytest.raises(BackupRefused, match="say --replace"):
         restore.put_back(folder, load_settings(), replace=False)
