@@ -22,11 +22,13 @@ demo: setup ## Run the whole pipeline on the pocket backbones
 test: setup ## Run the tests, without the slow ones
 	@bash deploy/test_data.sh
 	@bash deploy/browser.sh
+	@bash deploy/test_services.sh
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
 test-all: setup ## Run every test
 	@bash deploy/test_data.sh
 	@bash deploy/browser.sh
+	@bash deploy/test_services.sh
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m ""
 
 check: setup ## Check format, lint, types and import contracts

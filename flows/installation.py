@@ -135,7 +135,7 @@ def deploy_all() -> None:
         "--no-prompt",
         "deploy",
         "--prefect-file",
-        __import__("os").environ.get("PFY") or str(files() / "prefect.yaml"),
+        str(files() / "prefect.yaml"),
         "--all",
     ]
     done = subprocess.run(

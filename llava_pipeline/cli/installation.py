@@ -1,4 +1,4 @@
-"""``llava-pipeline up | down | status | deploy | mlflow-server | prefect-server | worker``: servers and what is on them."""
+"""``llava-pipeline up | down | status | deploy | ship``, and each server by itself: what is needed every night."""
 
 from __future__ import annotations
 

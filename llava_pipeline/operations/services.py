@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from llava_pipeline import store
+from llava_pipeline.errors import SpecError
 from llava_pipeline.spec import Frozen
 from llava_pipeline.tracking.settings import (
     FILE,
@@ -23,6 +24,7 @@ from llava_pipeline.tracking.settings import (
 POOL = "llava-pipeline"
 NIGHTS_AT_ONCE = 4  # flow runs of one worker; who trains holds the device alone
 HEARTBEAT_SECONDS = 30
+LOGIN_VARIABLE = "PREFECT_SERVER_API_AUTH_STRING"
 EVENTS_DAYS, FLOW_RUNS_DAYS = 7, 90
 
 
@@ -55,8 +57,14 @@ def write_auth_file() -> None:
 
 
 def prefect_server(settings: Settings) -> Command:
-    """The server that schedules. What a person has set in the environment stays."""
+    """The server that schedules. What a person has set in the environment stays.
+
+    Raises:
+        SpecError: a login was to be asked for and is empty; the server would then ask for none.
+    """
     server = settings.prefect
+    if os.environ.get(LOGIN_VARIABLE) == "":
+        raise SpecError(f"{LOGIN_VARIABLE} is set and empty; set it to name:password, or unset it to ask for no login")
     own = {
         **prefect_environment(),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
