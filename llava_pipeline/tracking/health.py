@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 
@@ -79,8 +80,10 @@ def _ask(settings: Settings, uri: str, address: str) -> Health:
 
 
 def _version(uri: str, settings: Settings) -> str | None:
+    login = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD")
+    known = (login[0], login[1]) if login[0] and login[1] else None  # a server with logins tells strangers nothing
     try:
-        response = requests.get(f"{uri.rstrip('/')}/version", timeout=settings.tracking.timeout_seconds)
+        response = requests.get(f"{uri.rstrip('/')}/version", timeout=settings.tracking.timeout_seconds, auth=known)
     except requests.RequestException:
         return None
     return response.text.strip()[:40] if response.ok else None

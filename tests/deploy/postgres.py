@@ -24,6 +24,15 @@ def free_port() -> int:
         return int(opened.getsockname()[1])
 
 
+def missing() -> str | None:
+    """Why no cluster can be made here, or None. Whoever is not root needs sudo without a password."""
+    if shutil.which("pg_createcluster") is None:
+        return "PostgreSQL is not installed: bash deploy/test_services.sh"
+    if os.getuid() and (shutil.which("sudo") is None or subprocess.run(["sudo", "-n", "true"]).returncode):
+        return "clusters are made by root, and sudo asks for a password"
+    return None
+
+
 class Cluster:
     """A cluster that runs on a port of loopback."""
 
@@ -64,7 +73,6 @@ class Cluster:
 @contextmanager
 def cluster(*databases: str) -> Iterator[Cluster]:
     """A running cluster with these databases, in a folder that PostgreSQL's own user can reach."""
-    assert shutil.which("pg_createcluster"), "PostgreSQL is missing: bash deploy/test_services.sh"
     version = max((path.parent.parent.name for path in Path("/usr/lib/postgresql").glob("*/bin/postgres")), key=float)
     folder = Path(tempfile.mkdtemp(prefix="llava-pipeline-postgres-"))
     folder.chmod(0o755)
