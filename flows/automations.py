@@ -13,7 +13,7 @@ from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 
-from flows.telling import PROMOTED, REFUSED
+from flows.telling import PROMOTED, REFUSED, WAITS
 from llava_pipeline.operations.services import HEARTBEAT_SECONDS
 
 PREFIX = "llava-pipeline: "
@@ -56,6 +56,7 @@ def _told(notify: UUID, missed_after: timedelta) -> list[AutomationCore]:
     return [
         _verdict("promoted", PROMOTED, notify),
         _verdict("refused", REFUSED, notify),
+        _verdict("waits for approval", WAITS, notify),
         _when("failed", "prefect.flow-run.Failed", message, notify),
         _when("crashed", "prefect.flow-run.Crashed", message, notify),
         _when("cancelled", "prefect.flow-run.Cancelled", message, notify),

@@ -7,6 +7,7 @@ import logging
 import prefect
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
+from flows.devices import device_held
 from flows.form import ProfileName
 from flows.hooks import sweep
 from flows.links import tags_of_flow_run
@@ -33,7 +34,8 @@ def find_champion(registered_model: str) -> Champion | None:
 def ask_champion_again(champion: Champion, registered_model: str) -> tuple[Differences, tuple[str, ...]]:
     from llava_pipeline.stages import regression
 
-    return regression.ask_again(champion, registered_model)
+    with device_held():
+        return regression.ask_again(champion, registered_model)
 
 
 @stage(MODULE, minutes=30, retries=5, reuse=False)

@@ -8,8 +8,6 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from llava_pipeline.spec import TrainingSpec
-
 LEASE_SECONDS = 60.0  # so long a device stays taken by a run that was killed
 
 
@@ -55,8 +53,12 @@ def ensure_limits(names: list[str]) -> None:
 
 
 @contextmanager
-def device_held(spec: TrainingSpec) -> Iterator[None]:
-    """Wait until the devices that a spec computes on are free, and hold them.
+def device_held(device: str = "auto", num: int | None = 1) -> Iterator[None]:
+    """Wait until the devices that something computes on are free, and hold them.
+
+    Args:
+        device: cpu, or anything else for the cards where there are some.
+        num: how many cards; None for all.
 
     Only where a server of Prefect's schedules: the one that a run starts for itself ends with it, and could not free
     what a killed run holds. A lease that could not be renewed in time ends no training.
@@ -67,9 +69,7 @@ def device_held(spec: TrainingSpec) -> Iterator[None]:
     if PREFECT_API_URL.value() is None:
         yield
         return
-    names = [cpu()] if spec.device == "cpu" else devices()[: spec.num_processes]
+    names = [cpu()] if device.startswith("cpu") else devices()[:num]
     ensure_limits(names)
-    with concurrency(
-        names, occupy=1, lease_duration=LEASE_SECONDS, strict=True, raise_on_lease_renewal_failure=False
-    ):  # fmt: skip
+    with concurrency(names, lease_duration=LEASE_SECONDS, strict=True, raise_on_lease_renewal_failure=False):
         yield

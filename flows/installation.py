@@ -106,7 +106,7 @@ def notification_block(client: SyncPrefectClient, notify: str | None) -> UUID | 
 
 
 def ensure_automations(client: SyncPrefectClient, block: UUID | None) -> list[str]:
-    """Make the automations; one of the same name is replaced, and stays as enabled as it was."""
+    """Make the automations; what says something else under the same name is replaced, as enabled as it was."""
     from flows.automations import automations
 
     wanted = automations(block)
@@ -120,7 +120,9 @@ def _put(client: SyncPrefectClient, automation: AutomationCore) -> None:
     if not there:
         client.create_automation(automation)
         return
-    client.update_automation(there[0].id, automation.model_copy(update={"enabled": there[0].enabled}))
+    if (there[0].trigger, there[0].actions) != (automation.trigger, automation.actions):
+        # Not otherwise: Prefect then forgets what it waits for, as the heartbeat of a run whose worker has just died.
+        client.update_automation(there[0].id, automation.model_copy(update={"enabled": there[0].enabled}))
     for double in there[1:]:
         client.delete_automation(double.id)
 

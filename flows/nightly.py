@@ -11,5 +11,10 @@ from llava_pipeline.contracts import Verdict
 
 @prefect.flow(name=train.name, **HOOKS)
 def nightly(profile: ProfileName = "pocket", overrides: Overrides = Changes()) -> Verdict:  # noqa: B008
-    """Teach a frozen language model to see: only the projector learns."""
+    """Teach a frozen language model to see: only the projector learns.
+
+    Args:
+        profile: A profile's name.
+        overrides: Values of the profile to change; what is left out stays.
+    """
     return train.fn(spec_of(profile, overrides))

@@ -190,7 +190,7 @@ def show_report(data: ValidatedData) -> None:
 def train_projector(model: AssembledModel, data: ValidatedData, spec: TrainingSpec) -> TrainedProjector:
     from llava_pipeline.stages import train
 
-    with followers() as follow, device_held(spec):
+    with followers() as follow, device_held(spec.device, spec.num_processes):
         return train.train_projector(model, data, spec, follow)
 
 
@@ -198,7 +198,8 @@ def train_projector(model: AssembledModel, data: ValidatedData, spec: TrainingSp
 def evaluate_generations(projector: TrainedProjector, held_out: Snapshot, spec: EvaluationSpec) -> Evaluation:
     from llava_pipeline.stages import evaluate
 
-    return evaluate.evaluate_generations(projector, held_out, spec)
+    with device_held(projector.device):
+        return evaluate.evaluate_generations(projector, held_out, spec)
 
 
 @stage("llava_pipeline.stages.record", minutes=30, retries=5, reuse=False)  # for two and a half minutes
@@ -227,7 +228,8 @@ def recorded(night: Spooled) -> RecordedRun:
 def weigh_against_champion(run: RecordedRun) -> Evidence:
     from llava_pipeline.stages import weigh
 
-    return weigh.weigh_against_champion(run)
+    with device_held(run.evaluation.projector.device):
+        return weigh.weigh_against_champion(run)
 
 
 @stage("llava_pipeline.stages.promote", minutes=30, retries=5, reuse=False)

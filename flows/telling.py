@@ -11,6 +11,7 @@ from llava_pipeline.contracts import RecordedRun, Verdict
 log = logging.getLogger("llava_pipeline.flow")
 PROMOTED = "llava-pipeline.verdict.promoted"
 REFUSED = "llava-pipeline.verdict.refused"
+WAITS = "llava-pipeline.verdict.waits"  # passed, and a person has to approve
 UNCHANGED = "llava-pipeline.verdict.unchanged"  # refused by the same rule as the run before: nobody is told
 
 
@@ -25,9 +26,12 @@ def tell_verdict(run: RecordedRun, verdict: Verdict, before: str | None) -> str:
     from llava_pipeline.tracking.settings import load_settings, run_address
 
     rule = leading_rule(verdict)
-    event = PROMOTED if verdict.decision == "promoted" else UNCHANGED if rule == before else REFUSED
+    if verdict.decision == "promoted":
+        event = PROMOTED
+    else:
+        event = WAITS if rule is None else UNCHANGED if rule == before else REFUSED
     payload = {
-        "subject": f"{verdict.registered_model}: {verdict.decision}", "sentence": sentence(verdict),
+        "subject": f"{verdict.registered_model}: {event.rpartition('.')[2]}", "sentence": sentence(verdict),
         "version": verdict.version, "champion": verdict.champion, "rule": rule,
         "page": run_address(load_settings(), run.experiment_id, run.run_id),
     }  # fmt: skip

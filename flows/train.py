@@ -27,7 +27,6 @@ from flows.stages import (
 from llava_pipeline.contracts import Verdict
 from llava_pipeline.spec import RunSpec
 
-
 HOOKS: dict[str, Any] = {
     "on_running": [sweep],
     "on_failure": [mark_failed],

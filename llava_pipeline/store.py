@@ -177,4 +177,6 @@ def open_artifact(ref: ArtifactRef) -> Path:
                 f"{ref.kind} {ref.digest[:12]} is damaged: {problem}; delete {folder} and run again with --refresh"
             )
         _verified.add(folder)
+        with contextlib.suppress(OSError):  # a store that may only be read
+            os.utime(folder)  # in use now: whoever clears up goes by age
     return folder

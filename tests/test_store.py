@@ -299,6 +299,16 @@ def test_an_artifact_is_checked_once_per_process(monkeypatch: pytest.MonkeyPatch
     assert len(read) == len(FILES)
 
 
+def test_opening_an_artifact_says_that_it_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever clears up goes by the age of the folder; a run may reuse one that is a month old."""
+    with writing("kind") as (folder, done):
+        fill(folder, FILES)
+    final = store.home() / "store" / "kind" / done[0].digest
+    os.utime(final, (1, 1))
+    monkeypatch.setattr(store, "_verified", set())
+    assert open_artifact(done[0]).stat().st_mtime > 1_000_000
+
+
 def test_home_is_the_variable_or_a_folder_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LLAVA_PIPELINE_HOME", "relative")

@@ -40,7 +40,7 @@ def first(installation: Installation) -> Installation:
 
 def test_up_leaves_a_working_installation_that_can_be_asked_about(installation: Installation) -> None:
     found = {one["name"]: one["state"] for one in installation.json("status")["services"]}
-    assert found | {"serving": "up"} == {name: "up" for name in ("mlflow", "prefect", "worker", "serving")}
+    assert found | {"serving": "up"} == dict.fromkeys(("mlflow", "prefect", "worker", "serving"), "up")
     findings = installation.json("doctor", expect=None)["findings"]
     assert [one for one in findings if one["status"] == "problem"] == []
     with installation.prefect() as client:
@@ -91,8 +91,8 @@ def test_wrong_parameters_are_refused_by_the_server_with_the_field(
 
 def test_two_who_want_the_same_device_take_turns(installation: Installation, tmp_path: Path) -> None:
     code = (
-        "import sys, time; from flows.devices import device_held; from llava_pipeline.spec import load_spec\n"
-        "with device_held(load_spec('pocket', ['training.device=cpu']).training):\n"
+        "import time; from flows.devices import device_held\n"
+        "with device_held('cpu'):\n"
         "    began = time.time(); time.sleep(2); print(began, time.time())"
     )
     environment = installation.environment(
@@ -148,8 +148,7 @@ def test_a_night_that_is_cancelled_leaves_no_process_and_a_failed_run(first: Ins
     night = first.end(flow_run_id)
     assert night.state is not None
     assert night.state.is_cancelled()
-    gone, alive = psutil.wait_procs(processes, 60)
-    assert alive == []
+    assert psutil.wait_procs(processes, 60)[1] == []
     first.receiver.wait_for("cancelled")
     wait_until(lambda: first.runs()[-1].info.status != "RUNNING" or None, 30, "its run is running still")
 
