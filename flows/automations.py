@@ -32,9 +32,8 @@ def automations(
 
     Args:
         notify: id of the notification block.
-        missed_after: how long a run may wait for a worker before somebody is told.
     """
-    return [_dead()] if notify is None else [_dead(), *_told(notify, missed_after)]
+    return [_dead()] if notify is None else [_dead(), *_told(notify)]
 
 
 def _dead() -> AutomationCore:
@@ -51,7 +50,7 @@ def _dead() -> AutomationCore:
     )  # fmt: skip
 
 
-def _told(notify: UUID, missed_after: timedelta) -> list[AutomationCore]:
+def _told(notify: UUID) -> list[AutomationCore]:
     message = f"{RUN}: {{{{ flow_run.state.message }}}}\n{PAGE}"
     return [
         _verdict("promoted", PROMOTED, notify),
@@ -60,7 +59,7 @@ def _told(notify: UUID, missed_after: timedelta) -> list[AutomationCore]:
         _when("failed", "prefect.flow-run.Failed", message, notify),
         _when("crashed", "prefect.flow-run.Crashed", message, notify),
         _when("cancelled", "prefect.flow-run.Cancelled", message, notify),
-        _missed(notify, missed_after),
+        _missed(notify),
     ]
 
 
@@ -91,14 +90,14 @@ def _when(name: str, event: str, body: str, notify: UUID) -> AutomationCore:
     )  # fmt: skip
 
 
-def _missed(notify: UUID, missed_after: timedelta) -> AutomationCore:
+def _missed(notify: UUID) -> AutomationCore:
     """A run that was due and that nobody has begun: no worker is there, or all are busy."""
     return AutomationCore(
         name=f"{PREFIX}missed",
         trigger=EventTrigger(
             after={"prefect.flow-run.Late"}, expect={"prefect.flow-run.Pending", "prefect.flow-run.Running"} | ENDS,
             match=_any(), match_related=ResourceSpecification.model_validate(TAG), for_each={"prefect.resource.id"},
-            posture=Posture.Proactive, threshold=1, within=missed_after,
+            posture=Posture.Proactive, threshold=1, within=timedelta(minutes=MISSED_MINUTES),
         ),
         actions=[
             SendNotification(

@@ -15,4 +15,10 @@ def record_run(night: Spooled) -> RecordedRun:
         TrackingUnavailable: MLflow is away; the night waits in the spool.
         TrackingError: MLflow refuses.
     """
-    return run.record(night.spec, night.evaluation, load_settings(), night.tags, started=night.began)
+    try:
+        return run.record(night.spec, night.evaluation, load_settings(), night.tags, started=night.began)
+    except TrackingUnavailable as error:
+        raise TrackingUnavailable(
+            f"{error}; what the run has brought waits: `llava-pipeline ship` records it, and the deployment ship does "
+            "every hour"
+        ) from error

@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import pytest
+from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import PrefectHTTPStatusError
+from prefect.states import Cancelled, Cancelling
 
 from llava_pipeline.contracts import Cursor
 from tests.deploy.installation import MODEL, NIGHT_SECONDS, Installation, installed, short, wait_until
@@ -106,6 +109,25 @@ def test_two_who_want_the_same_device_take_turns(installation: Installation, tmp
     assert times[0][1] <= times[1][0]
 
 
+def test_a_night_that_no_worker_begins_is_told(installation: Installation) -> None:
+    """With twenty seconds of patience instead of a quarter of an hour; `up` puts that right again."""
+    name = "llava-pipeline: missed"
+    installation.kill("worker")
+    with installation.prefect() as client:
+        (there,) = client.read_automations_by_name(name)
+        hasty = there.trigger.model_copy(update={"within": timedelta(seconds=20)})
+        core = AutomationCore.model_validate(there.model_dump(exclude={"id"}) | {"trigger": hasty.model_dump()})
+        client.update_automation(there.id, core)
+    late = installation.begin("train-projector/nightly", profile="tiny")
+    installation.receiver.wait_for("train-projector missed", "no worker takes it", seconds=120)
+    with installation.prefect() as client:
+        client.set_flow_run_state(late, Cancelled())
+    installation.up()
+    with installation.prefect() as client:
+        (there,) = client.read_automations_by_name(name)
+    assert there.trigger.within == timedelta(minutes=15)
+
+
 def test_three_nights_in_a_row(first: Installation) -> None:
     """Promoted; refused, and its reason told; promoted while Prefect's server is killed; serving follows each time."""
     told = first.receiver
@@ -142,8 +164,6 @@ def test_a_night_that_is_cancelled_leaves_no_process_and_a_failed_run(first: Ins
     processes = first.processes_of(flow_run_id)
     assert any("llava_pipeline.training" in " ".join(one.cmdline()) for one in processes)
     with first.prefect() as client:
-        from prefect.states import Cancelling
-
         client.set_flow_run_state(flow_run_id, Cancelling())
     night = first.end(flow_run_id)
     assert night.state is not None
@@ -183,6 +203,27 @@ def test_a_night_killed_with_its_worker_is_told_and_finished_by_the_next_in_the_
     assert run.data.tags["llava.goes_on_from"] == str(killed)
     steps = [point.step for point in first.mlflow().get_metric_history(run_id, "train/loss")]
     assert sorted(steps) == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_a_night_without_mlflow_is_recorded_in_the_morning(first: Installation) -> None:
+    before = len(first.runs())
+    first.kill("mlflow")
+    overrides = short(data={"increment": False}, training={"max_steps": 5, "seed": 9})
+    night = first.end(first.begin("train-projector/nightly", overrides=overrides), seconds=600)
+    assert night.state is not None
+    assert night.state.is_failed()
+    first.receiver.wait_for("failed", "MLflow at", "does not answer")
+    assert len(list(first.home.glob("spool/*.json"))) == 1
+    first.up()
+    shipped = first.end(first.begin("ship/hourly"))
+    assert shipped.state is not None
+    assert shipped.state.is_completed(), f"{shipped.state}; {first.said('worker')[-3000:]}"
+    assert list(first.home.glob("spool/*.json")) == []
+    assert len(first.runs()) == before + 1
+    run = first.runs()[-1]
+    assert run.data.tags["prefect.flow_run_id"] == str(night.id)
+    assert (run.info.status, run.data.tags["llava.gate"]) == ("FINISHED", "refused")
 
 
 def test_down_leaves_nothing_behind(installation: Installation) -> None:
