@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llava_pipeline.contracts import RecordedRun
+from llava_pipeline.errors import TrackingUnavailable
 from llava_pipeline.tracking import run
 from llava_pipeline.tracking.settings import load_settings
 from llava_pipeline.tracking.spool import Spooled
