@@ -14,7 +14,7 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.events.schemas.events import ResourceSpecification
 
 from flows.telling import PROMOTED, REFUSED, WAITS
-from llava_pipeline.operations.services import HEARTBEAT_SECONDS
+from llava_pipeline.operations.services import SILENT_SECONDS
 
 PREFIX = "llava-pipeline: "
 TAG = {"prefect.resource.role": "tag", "prefect.resource.id": "prefect.tag.llava-pipeline"}
@@ -42,7 +42,7 @@ def _dead() -> AutomationCore:
         name=f"{PREFIX}a run without a heartbeat has crashed",
         trigger=EventTrigger(
             after={HEARTBEAT}, expect={HEARTBEAT} | ENDS, match=_any(), for_each={"prefect.resource.id"},
-            posture=Posture.Proactive, threshold=1, within=timedelta(seconds=3 * HEARTBEAT_SECONDS),
+            posture=Posture.Proactive, threshold=1, within=timedelta(seconds=SILENT_SECONDS),
         ),
         actions=[
             ChangeFlowRunState(state=StateType.CRASHED, message="its process was killed: no heartbeat came any more")
@@ -91,11 +91,11 @@ def _when(name: str, event: str, body: str, notify: UUID) -> AutomationCore:
 
 
 def _missed(notify: UUID) -> AutomationCore:
-    """A run that was due and that nobody has begun: no worker is there, or all are busy."""
+    """A run that was due, or taken by a worker, and has not begun: no worker is there, all are busy, or one died."""
     return AutomationCore(
         name=f"{PREFIX}missed",
         trigger=EventTrigger(
-            after={"prefect.flow-run.Late"}, expect={"prefect.flow-run.Pending", "prefect.flow-run.Running"} | ENDS,
+            after={"prefect.flow-run.Late", "prefect.flow-run.Pending"}, expect={"prefect.flow-run.Running"} | ENDS,
             match=_any(), match_related=ResourceSpecification.model_validate(TAG), for_each={"prefect.resource.id"},
             posture=Posture.Proactive, threshold=1, within=timedelta(minutes=MISSED_MINUTES),
         ),

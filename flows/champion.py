@@ -7,7 +7,6 @@ import logging
 import prefect
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
-from flows.devices import device_held
 from flows.form import ProfileName
 from flows.hooks import sweep
 from flows.links import tags_of_flow_run
@@ -30,12 +29,11 @@ def find_champion(registered_model: str) -> Champion | None:
     return registry.champion(registered_model, load_settings())
 
 
-@stage(MODULE, minutes=240, retries=5, reuse=False)
+@stage(MODULE, minutes=240, retries=5, reuse=False, device=lambda champion, registered_model: ("auto", 1))
 def ask_champion_again(champion: Champion, registered_model: str) -> tuple[Differences, tuple[str, ...]]:
     from llava_pipeline.stages import regression
 
-    with device_held():
-        return regression.ask_again(champion, registered_model)
+    return regression.ask_again(champion, registered_model)
 
 
 @stage(MODULE, minutes=30, retries=5, reuse=False)

@@ -6,9 +6,11 @@ import os
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
-LEASE_SECONDS = 60.0  # so long a device stays taken by a run that was killed
+from llava_pipeline.tracking.client import locked
+
+LEASE_SECONDS = 120.0  # so long a device stays taken by a run that was killed
 
 
 def devices() -> list[str]:
@@ -52,16 +54,17 @@ def ensure_limits(names: list[str]) -> None:
                     continue
 
 
+Device = tuple[str, int | None]
+"""cpu, or anything else for the cards where there are some; and how many of these, None for all."""
+
+
 @contextmanager
 def device_held(device: str = "auto", num: int | None = 1) -> Iterator[None]:
     """Wait until the devices that something computes on are free, and hold them.
 
-    Args:
-        device: cpu, or anything else for the cards where there are some.
-        num: how many cards; None for all.
-
     Only where a server of Prefect's schedules: the one that a run starts for itself ends with it, and could not free
-    what a killed run holds. A lease that could not be renewed in time ends no training.
+    what a killed run holds. A lease that could not be renewed in time ends no training; whoever comes then finds the
+    lock of this home still held, which the kernel frees when its process ends.
     """
     from prefect.concurrency.sync import concurrency
     from prefect.settings import PREFECT_API_URL
@@ -71,5 +74,8 @@ def device_held(device: str = "auto", num: int | None = 1) -> Iterator[None]:
         return
     names = [cpu()] if device.startswith("cpu") else devices()[:num]
     ensure_limits(names)
-    with concurrency(names, lease_duration=LEASE_SECONDS, strict=True, raise_on_lease_renewal_failure=False):
+    limits = concurrency(names, lease_duration=LEASE_SECONDS, strict=True, raise_on_lease_renewal_failure=False)
+    with limits, ExitStack() as stack:
+        for name in sorted(names):
+            stack.enter_context(locked(f"device-{name}"))
         yield

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flows.automations import PREFIX
+from flows.automations import PREFIX, automations
 from flows.devices import devices
-from flows.installation import BLOCK, deployed
+from flows.installation import BLOCK, deployed, notification_block
 from llava_pipeline.operations.finding import Finding, problem, warning, well
 from llava_pipeline.operations.services import POOL
 
@@ -108,6 +108,10 @@ def _automations(client: SyncPrefectClient) -> Finding:
     there = [one for one in client.read_automations() if one.name.startswith(PREFIX)]
     if not there:
         return problem("automations", "none, so runs that died are shown as running for ever", DEPLOY)
+    names = {one.name for one in there}
+    wanted = automations(notification_block(client, None))
+    if missing := [one.name.removeprefix(PREFIX) for one in wanted if one.name not in names]:
+        return problem("automations", f"missing: {', '.join(missing)}", DEPLOY)
     off = [one.name.removeprefix(PREFIX) for one in there if not one.enabled]
     if off:
         return problem("automations", f"switched off: {', '.join(off)}", "switch them on on Prefect's page Automations")

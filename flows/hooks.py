@@ -15,6 +15,14 @@ def sweep(flow: Any, flow_run: Any, state: Any) -> None:
     sweep_stale(load_settings())
 
 
+def mark_cancelled(flow: Any, flow_run: Any, state: Any) -> None:
+    """What a person has cancelled is not recorded in the morning either."""
+    from llava_pipeline.tracking import spool
+
+    spool.forget({"prefect.flow_run_id": str(flow_run.id)})
+    mark_failed(flow, flow_run, state)
+
+
 def mark_failed(flow: Any, flow_run: Any, state: Any) -> None:
     """Leave a failed MLflow run with the reason, so that a night that died is seen where people look."""
     from llava_pipeline.tracking.run import record_failure

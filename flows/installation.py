@@ -92,10 +92,14 @@ def notification_block(client: SyncPrefectClient, notify: str | None) -> UUID | 
     """Id of the block that people are told by; None where nobody has said whom to tell."""
     from prefect.blocks.notifications import CustomWebhookNotificationBlock
     from prefect.exceptions import ObjectNotFound
+    from prefect.types import SecretDict
 
     if notify is not None:
         block = CustomWebhookNotificationBlock(
-            name="llava-pipeline", url=notify, json_data={"text": "{{subject}}\n{{body}}"}
+            name="llava-pipeline",
+            url="{{address}}",
+            secrets=SecretDict({"address": notify}),
+            json_data={"text": "{{subject}}\n{{body}}"},
         )
         return UUID(str(block.save(BLOCK, overwrite=True)))
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+from llava_pipeline.operations.services import HEARTBEAT_SECONDS
 from llava_pipeline.store import home
 from llava_pipeline.tracking.settings import load_settings
 
@@ -24,6 +25,8 @@ def local_defaults(debug: bool = False) -> None:
         "PREFECT_LOGGING_LEVEL": level,
         "PREFECT_LOGGING_SERVER_LEVEL": "WARNING" if debug else "CRITICAL",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "llava_pipeline",
+        # As of a worker: a run by hand on the same server would otherwise be taken for dead between two of them.
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import prefect
 from prefect.runtime import flow_run
 
+from flows.form import ProfileName
 from llava_pipeline.spec import load_spec
 
 
 @prefect.flow(name="promote")
-def promote(version: str, reason: str, profile: str = "pocket", despite_gate: bool = False) -> str:
+def promote(version: str, reason: str, profile: ProfileName = "pocket", despite_gate: bool = False) -> str:
     """Make a version the champion; returns the champion."""
     from llava_pipeline.tracking.promotion import promote_by_person
     from llava_pipeline.tracking.settings import load_settings
@@ -20,7 +21,7 @@ def promote(version: str, reason: str, profile: str = "pocket", despite_gate: bo
 
 
 @prefect.flow(name="rollback")
-def rollback(reason: str, version: str | None = None, profile: str = "pocket") -> str:
+def rollback(reason: str, version: str | None = None, profile: ProfileName = "pocket") -> str:
     """Make a former champion the champion again; returns it."""
     from llava_pipeline.tracking import promotion
     from llava_pipeline.tracking.settings import load_settings

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -21,7 +22,7 @@ from prefect.runtime import flow_run
 from prefect.tasks import exponential_backoff
 from pydantic import BaseModel
 
-from flows.devices import device_held
+from flows.devices import Device, device_held
 from flows.following import followers
 from flows.links import show_run, tags_of_flow_run
 from flows.retries import will_pass
@@ -120,9 +121,12 @@ def missing_artifacts(result: Any) -> str | None:
 
 
 def stage(
-    module: str, minutes: float, retries: int = 0, reuse: bool = True
+    module: str, minutes: float, retries: int = 0, reuse: bool = True, device: Callable[..., Device] | None = None
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Make a Prefect task of a stage, and tell when its result is reused."""
+    """Make a Prefect task of a stage, and tell when its result is reused.
+
+    ``device`` says what the stage computes on, by its arguments; waiting until that is free is none of its time.
+    """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         prefect_task = Task(
@@ -141,12 +145,13 @@ def stage(
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            state = prefect_task(*args, return_state=True, **kwargs)
-            if state.name != "Cached":
-                return state.result()
-            if lost := missing_artifacts(state.result()):
-                log.info("%s: nothing changed, but %s; it is made anew", prefect_task.name, lost)
-                return prefect_task.with_options(refresh_cache=True)(*args, **kwargs)
+            with nullcontext() if device is None else device_held(*device(*args, **kwargs)):
+                state = prefect_task(*args, return_state=True, **kwargs)
+                if state.name != "Cached":
+                    return state.result()
+                if lost := missing_artifacts(state.result()):
+                    log.info("%s: nothing changed, but %s; it is made anew", prefect_task.name, lost)
+                    return prefect_task.with_options(refresh_cache=True)(*args, **kwargs)
             log.info("%s: nothing changed, the earlier result is reused", prefect_task.name)
             return state.result()
 
@@ -186,20 +191,24 @@ def show_report(data: ValidatedData) -> None:
         log.warning("the data report is not shown in Prefect: %s", error)
 
 
-@stage("llava_pipeline.stages.train", minutes=24 * 60, retries=3)  # it goes on where it was killed
+@stage(
+    "llava_pipeline.stages.train", minutes=24 * 60, retries=3,  # it goes on where it was killed
+    device=lambda model, data, spec: (spec.device, spec.num_processes),
+)  # fmt: skip
 def train_projector(model: AssembledModel, data: ValidatedData, spec: TrainingSpec) -> TrainedProjector:
     from llava_pipeline.stages import train
 
-    with followers() as follow, device_held(spec.device, spec.num_processes):
+    with followers() as follow:
         return train.train_projector(model, data, spec, follow)
 
 
-@stage("llava_pipeline.stages.evaluate", minutes=240)
+@stage(
+    "llava_pipeline.stages.evaluate", minutes=240, device=lambda projector, held_out, spec: (projector.device, 1)
+)  # fmt: skip
 def evaluate_generations(projector: TrainedProjector, held_out: Snapshot, spec: EvaluationSpec) -> Evaluation:
     from llava_pipeline.stages import evaluate
 
-    with device_held(projector.device):
-        return evaluate.evaluate_generations(projector, held_out, spec)
+    return evaluate.evaluate_generations(projector, held_out, spec)
 
 
 @stage("llava_pipeline.stages.record", minutes=30, retries=5, reuse=False)  # for two and a half minutes
@@ -224,12 +233,14 @@ def recorded(night: Spooled) -> RecordedRun:
     return run
 
 
-@stage("llava_pipeline.stages.weigh", minutes=240, retries=5, reuse=False)
+@stage(
+    "llava_pipeline.stages.weigh", minutes=240, retries=5, reuse=False,
+    device=lambda run: (run.evaluation.projector.device, 1),
+)  # fmt: skip
 def weigh_against_champion(run: RecordedRun) -> Evidence:
     from llava_pipeline.stages import weigh
 
-    with device_held(run.evaluation.projector.device):
-        return weigh.weigh_against_champion(run)
+    return weigh.weigh_against_champion(run)
 
 
 @stage("llava_pipeline.stages.promote", minutes=30, retries=5, reuse=False)

@@ -13,7 +13,7 @@ from typing import Any
 
 import prefect
 
-from flows.hooks import mark_failed, sweep
+from flows.hooks import mark_cancelled, mark_failed, sweep
 from flows.stages import (
     assemble_and_freeze,
     evaluate_generations,
@@ -31,7 +31,7 @@ HOOKS: dict[str, Any] = {
     "on_running": [sweep],
     "on_failure": [mark_failed],
     "on_crashed": [mark_failed],
-    "on_cancellation": [mark_failed],
+    "on_cancellation": [mark_cancelled],
 }
 
 

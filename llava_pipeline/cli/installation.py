@@ -162,18 +162,20 @@ def put_on_prefect(settings: Settings, pool: str, notify: str | None) -> dict[st
     from flows.installation import deploy as deploy_on
 
     try:
-        return deploy_on(pool, notify)  # type: ignore[arg-type]  # it has been checked
+        return deploy_on(pool, notify or None)  # type: ignore[arg-type]  # it has been checked
     except REFUSALS as error:
         told = " ".join(str(error).split())[:300] or type(error).__name__
         raise NotDeployed(f"Prefect at {settings.prefect.api_url} does not take it: {told}") from error
 
 
 def run_or_print(command: Command, print_only: bool) -> None:
-    """Become the command, or show it as a shell would take it."""
+    """Become the command, or show it as a shell would take it, but for passwords."""
+    from llava_pipeline.tracking.settings import without_login
+
     if not print_only:
         command.run()
     for name, value in sorted(command.environment.items()):
-        print(f"{name}={shlex.quote(value)} \\")
+        print(f"{name}={shlex.quote(without_login(value))} \\")
     print(shlex.join(command.argv))
 
 

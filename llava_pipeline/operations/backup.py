@@ -91,6 +91,8 @@ def make(folder: Path, settings: Settings) -> Manifest:
     there = [one for one in known if not databases.is_empty(one)]
     if not any(one.name == "mlflow" for one in there):
         raise BackupRefused(f"there is no MLflow database at {known[0].place}, so there is nothing to back up")
+    people = databases.people_database()
+    there += [] if databases.is_empty(people) else [people]
     notes = tuple(f"{one.name} has no database yet at {one.place}" for one in known if one not in there)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from llava_pipeline.addresses import Addresses, forget_addresses, read_addresses, write_addresses
-from llava_pipeline.errors import AddressRefused
+from llava_pipeline.errors import AddressRefused, SpecError
 from llava_pipeline.operations import processes
 from llava_pipeline.operations.services import places
 from llava_pipeline.spec import Frozen
 from llava_pipeline.tracking.client import locked
-from llava_pipeline.tracking.settings import Settings
+from llava_pipeline.tracking.settings import API_VARIABLE, URI_VARIABLE, Settings, without_login
 
 log = logging.getLogger(__name__)
 SECONDS_TO_START = 150.0
+SECONDS_TO_FAIL = 3.0  # what worker and serving refuse, they refuse at once
 SERVICES = ("mlflow", "prefect", "worker", "serving")
 State = Literal["up", "starting", "waiting", "down"]
 
@@ -68,8 +70,9 @@ def up(
         NotStarted: a server has ended, or does not answer; what was started is ended again.
     """
     planned = addresses_of(settings, profile, registered_model, with_serving)
-    before = [name for name in SERVICES if processes.running(name) is not None]
+    _refuse_other_servers(settings, planned)
     with locked("services"):
+        before = [name for name in SERVICES if processes.running(name) is not None]
         _refuse_other_installation(planned, before)
         _refuse_taken_ports(settings, with_serving, before)
         try:
@@ -82,6 +85,9 @@ def up(
             _start("worker", ["worker"], before)
             if with_serving:
                 _start("serving", serving_arguments(settings, profile), before)
+            time.sleep(SECONDS_TO_FAIL)
+            for name in ("worker", *(["serving"] if with_serving else [])):
+                processes.refuse_if_ended(name)
         except BaseException:
             processes.stop(name for name in reversed(SERVICES) if name not in before)
             if not before:
@@ -152,6 +158,19 @@ def _start(name: str, arguments: list[str], before: list[str]) -> None:
         log.info("starting %s ...", name)
         command = [str(Path(sys.executable).with_name("llava-pipeline")), *arguments]
         processes.start(name, command, places())
+
+
+def _refuse_other_servers(settings: Settings, planned: Addresses) -> None:
+    named = [
+        (URI_VARIABLE, "tracking.uri", settings.tracking.uri, planned.mlflow),
+        (API_VARIABLE, "prefect.api_url", settings.prefect.api_url, planned.prefect),
+    ]
+    for variable, key, url, own in named:
+        if url not in (None, own):
+            raise SpecError(
+                f"{variable} or {key} names {without_login(str(url))}, and `up` starts a server of its own at {own}; "
+                "unset it, or start only a worker and serving beside that server (`llava-pipeline worker`, `serve`)"
+            )
 
 
 def _refuse_other_installation(planned: Addresses, before: list[str]) -> None:

@@ -20,6 +20,7 @@ import psutil
 
 from llava_pipeline import store
 from llava_pipeline.errors import BackupFailed, BackupRefused
+from llava_pipeline.operations import services
 from llava_pipeline.spec import Frozen
 from llava_pipeline.tracking.settings import DATABASE_VARIABLE, Settings, is_server
 
@@ -35,7 +36,7 @@ BESIDES = ("-wal", "-shm", "-journal")  # what SQLite keeps beside a database
 class Database(Frozen):
     """One database by its SQLAlchemy address."""
 
-    name: Literal["mlflow", "prefect"]
+    name: Literal["mlflow", "prefect", "mlflow-people"]
     url: str
 
     @property
@@ -85,6 +86,11 @@ def prefect_database(settings: Settings) -> Database:
     """Of the server that schedules."""
     url = os.environ.get(PREFECT_VARIABLE) or settings.prefect.database_url
     return Database(name="prefect", url=url or f"sqlite:///{store.home() / 'prefect' / 'prefect.db'}")
+
+
+def people_database() -> Database:
+    """Of MLflow's logins, where ``server.auth`` has asked for them."""
+    return Database(name="mlflow-people", url=f"sqlite:///{services.people_file()}")
 
 
 def is_empty(database: Database) -> bool:

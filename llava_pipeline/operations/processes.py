@@ -81,11 +81,20 @@ def wait_until_ready(name: str, url: str, seconds: float) -> None:
     """
     deadline = time.monotonic() + seconds
     while not answers(url):
-        if running(name) is None:
-            raise NotStarted(f"{name} has ended right after its start: {last_words(name)}; its log is {log_of(name)}")
+        refuse_if_ended(name)
         if time.monotonic() > deadline:
             raise NotStarted(f"{name} does not answer at {url} after {seconds:g} s; its log is {log_of(name)}")
         time.sleep(SECONDS_BETWEEN)
+
+
+def refuse_if_ended(name: str) -> None:
+    """Say what was its end.
+
+    Raises:
+        NotStarted: the process has ended.
+    """
+    if running(name) is None:
+        raise NotStarted(f"{name} has ended right after its start: {last_words(name)}; its log is {log_of(name)}")
 
 
 def answers(url: str, seconds: float = 5.0) -> bool:
@@ -136,7 +145,7 @@ def _end(process: psutil.Process) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     deadline = time.monotonic() + SECONDS_TO_END
-    while time.monotonic() < deadline and process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+    while time.monotonic() < deadline and _lives(process):
         family += [child for child in _descendants(process) if child not in family]
         with contextlib.suppress(psutil.TimeoutExpired):
             process.wait(SECONDS_BETWEEN)
@@ -145,6 +154,13 @@ def _end(process: psutil.Process) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             left.kill()
     psutil.wait_procs(family, SECONDS_TO_END)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _descendants(process: psutil.Process) -> list[psutil.Process]:

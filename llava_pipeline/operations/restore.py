@@ -6,9 +6,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from llava_pipeline import store
 from llava_pipeline.addresses import read_addresses
-from llava_pipeline.errors import BackupRefused
+from llava_pipeline.errors import BackupFailed, BackupRefused, LlavaPipelineError
 from llava_pipeline.operations import artifacts as places
 from llava_pipeline.operations import backup, databases, processes
 from llava_pipeline.operations.artifacts import ROOT_COLUMNS, Artifacts
@@ -40,7 +39,8 @@ def put_back(folder: Path, settings: Settings, *, replace: bool) -> Restored:
     """
     folder = folder.absolute()
     manifest = backup.read(folder)
-    known = {one.name: one for one in (databases.mlflow_database(settings), databases.prefect_database(settings))}
+    all_ = (databases.mlflow_database(settings), databases.prefect_database(settings), databases.people_database())
+    known = {one.name: one for one in all_}
     targets = [known[one.name] for one in manifest.databases]
     place = places.artifacts_of(settings)
     _refuse_other_kind(manifest, targets, place)
@@ -51,17 +51,21 @@ def put_back(folder: Path, settings: Settings, *, replace: bool) -> Restored:
     if there and not replace:
         raise BackupRefused(f"there is something already: {', '.join(there)}; say --replace to put it aside first")
     suffix = f".before-restore-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    aside: list[str] = []
     try:
-        aside = [databases.put_aside(one, suffix) for one in full]
+        for one in full:
+            aside.append(databases.put_aside(one, suffix))
         if has_artifacts:
             aside.append(places.put_aside(place, suffix))
         places.copy_back(place, folder / backup.ARTIFACTS)
         for database in targets:
             databases.load(database, folder)
         _follow_artifacts(known["mlflow"], manifest.artifacts, place)
-    except OSError as error:
-        store.tell_disk_full(error, store.home())
-        raise
+    except (LlavaPipelineError, OSError) as error:
+        where = f"what was there before is at {', '.join(aside)}" if aside else "nothing was put aside"
+        raise BackupFailed(
+            f"the restore broke off: {error}; {where}; mend it, and restore again with --replace"
+        ) from error
     return Restored(
         restored=(*(one.place for one in targets), place.address), aside=tuple(aside), notes=_notes(manifest)
     )

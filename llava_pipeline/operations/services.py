@@ -24,6 +24,7 @@ from llava_pipeline.tracking.settings import (
 POOL = "llava-pipeline"
 NIGHTS_AT_ONCE = 4  # flow runs of one worker; who trains holds the device alone
 HEARTBEAT_SECONDS = 30
+SILENT_SECONDS = 300  # longer than a restart of Prefect's server takes: whoever lives is heard of in between
 LOGIN_VARIABLE = "PREFECT_SERVER_API_AUTH_STRING"
 EVENTS_DAYS, FLOW_RUNS_DAYS = 7, 90
 
@@ -48,12 +49,16 @@ def mlflow_server(settings: Settings) -> Command:
 
 def write_auth_file() -> None:
     """Where MLflow keeps its list of people: in the home, like everything else. It holds no password."""
-    people = store.home() / "services" / "mlflow-people.db"
     lines = [
-        "[mlflow]", "default_permission = READ", f"database_uri = sqlite:///{people}", "admin_username = admin",
+        "[mlflow]", "default_permission = READ", f"database_uri = sqlite:///{people_file()}", "admin_username = admin",
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth",
     ]  # fmt: skip
     store.write_text(auth_file(), "\n".join(lines) + "\n")
+
+
+def people_file() -> Path:
+    """MLflow's list of people, with what their passwords were made into."""
+    return store.home() / "services" / "mlflow-people.db"
 
 
 def prefect_server(settings: Settings) -> Command:
@@ -75,6 +80,8 @@ def prefect_server(settings: Settings) -> Command:
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
         "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": f"P{FLOW_RUNS_DAYS}D",
+        # After a night without power it is still known who was to be heard of, and was not.
+        "PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER": f"P{EVENTS_DAYS}D",
         "PREFECT_SERVER_EVENTS_RETENTION_PERIOD": f"P{EVENTS_DAYS}D",
     }
     if server.database_url is not None:

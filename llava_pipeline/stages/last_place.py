@@ -6,7 +6,7 @@ import logging
 
 from llava_pipeline.contracts import AssembledModel, Cursor
 from llava_pipeline.tracking import spool
-from llava_pipeline.tracking.reading import last_cursor
+from llava_pipeline.tracking.reading import last_read
 from llava_pipeline.tracking.settings import load_settings
 
 log = logging.getLogger(__name__)
@@ -20,9 +20,10 @@ def where_the_last_run_stopped(model: AssembledModel, origin: str) -> Cursor:
     Raises:
         TrackingError: MLflow cannot be reached, refuses, or holds a place that cannot be read.
     """
-    cursor = spool.last_cursor(model, origin) or last_cursor(load_settings(), model, origin)
-    if cursor is None:
+    known = [read for read in (spool.last_read(model, origin), last_read(load_settings(), model, origin)) if read]
+    if not known:
         log.info("%s: no earlier run has read it", origin)
         return Cursor()
+    cursor = max(known, key=lambda read: read.began).cursor
     log.info("%s: the last run stopped before shard %d, row %d", origin, cursor.shard, cursor.row)
     return cursor

@@ -21,7 +21,7 @@ from llava_pipeline.stages.recorded import evaluate_recorded
 from llava_pipeline.tracking import registry
 from llava_pipeline.tracking.checks import answers_recorded
 from llava_pipeline.tracking.registry import Champion
-from llava_pipeline.tracking.settings import Settings, load_settings
+from llava_pipeline.tracking.settings import Settings, load_settings, ready_url_of
 
 SECONDS_BETWEEN = 1.0
 MAX_SECONDS_FOR_AN_ANSWER = 60.0
@@ -104,7 +104,7 @@ def ask_serving(champion: Champion, registered_model: str) -> tuple[str, str | N
         TrackingError: MLflow cannot be reached, or refuses.
     """
     settings = load_settings()
-    url = settings.serving.ready_url
+    url = ready_url_of(registered_model, settings)
     if url is None:
         return "no serving address is known (serving.ready_url); nobody was asked", None
     deadline = time.monotonic() + settings.serving.timeout_seconds

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +19,8 @@ from llava_pipeline.tracking.settings import (
     Settings,
     database_path,
     is_server,
-    server_command,
     tracking_uri,
+    without_login,
 )
 
 if TYPE_CHECKING:
@@ -200,6 +199,6 @@ def _reason(error: requests.RequestException, settings: Settings) -> str:
 
 def _unreachable(settings: Settings, uri: str, reason: str) -> str:
     return (
-        f"MLflow at {uri} does not answer ({reason}); start it with `{shlex.join(server_command(settings))}`, "
-        f"or unset {URI_VARIABLE} and tracking.uri to record in a local database"
+        f"MLflow at {without_login(uri)} does not answer ({reason}); start it with `llava-pipeline mlflow-server`, "
+        f"or everything with `up`; or unset {URI_VARIABLE} and tracking.uri, and say `down`, to record without a server"
     )

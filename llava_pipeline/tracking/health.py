@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 
 import requests
@@ -12,7 +11,7 @@ from pydantic import Field
 from llava_pipeline.errors import TrackingError
 from llava_pipeline.spec import Frozen
 from llava_pipeline.tracking.client import check_reachable, connect, find_experiment, refusals
-from llava_pipeline.tracking.settings import Settings, database_path, is_server, tracking_uri
+from llava_pipeline.tracking.settings import Settings, database_path, is_server, tracking_uri, without_login
 from llava_pipeline.tracking.stale import PROCESS, left_alone
 
 OUT_OF_DATE = "out-of-date database schema"
@@ -32,11 +31,6 @@ class Health(Frozen):
     server_version: str | None = None
     champions: dict[str, str] = Field(default_factory=dict)  # version by registered model
     stale: tuple[str, ...] = ()  # runs that nobody ends any more
-
-
-def without_login(address: str) -> str:
-    """An address as it may be shown: a database's or a server's may hold a password."""
-    return re.sub(r"//[^/@]*@", "//", address)
 
 
 def look(settings: Settings) -> Health:

@@ -20,7 +20,7 @@ from llava_pipeline.errors import NoSuchRun, NotPromoted
 from llava_pipeline.spec import Frozen
 from llava_pipeline.tracking import history, registry
 from llava_pipeline.tracking.client import connect, locked, refusals
-from llava_pipeline.tracking.settings import Settings
+from llava_pipeline.tracking.settings import Settings, ready_url_of
 from llava_pipeline.tracking.verdict import NONE
 
 if TYPE_CHECKING:
@@ -160,10 +160,12 @@ def _move(
     if before.get(names.challenger) == version:
         client.delete_registered_model_alias(name, names.challenger)
     found = _champion(client, name, settings)
+    problem: str | None = None
     if found != version:
-        problem: str | None = f"{_version(found)} is champion right after: something else moves the alias; stop it"
+        problem = f"{_version(found)} is champion right after: something else moves the alias; stop it"
         history.end(client, name, event, f"lost: {problem}")
-    elif (problem := wait_for_serving(name, version, settings)) is not None:
+    # The first champion is waited for by nobody: serving begins with it, and takes its time.
+    elif was is not None and (problem := wait_for_serving(name, version, settings)) is not None:
         _put_back(client, name, before, settings)
         history.end(client, name, event, f"undone: {problem}")
     if problem is not None:
@@ -196,7 +198,7 @@ def wait_for_serving(name: str, version: str, settings: Settings) -> str | None:
 
     At once where no serving is configured, or where it answers with another registered model.
     """
-    url, patience = settings.serving.ready_url, settings.serving.timeout_seconds
+    url, patience = ready_url_of(name, settings), settings.serving.timeout_seconds
     if url is None:
         return None
     deadline = time.monotonic() + patience
@@ -257,7 +259,10 @@ def _finish_or_undo(client: MlflowClient, name: str, event: dict[str, Any], sett
     now = _champion(client, name, settings)
     if now not in (version, before.get(names.champion)):
         return "something else has moved the champion since"
-    problem = wait_for_serving(name, version, settings) if now == version else "the champion had not moved yet"
+    if now != version:
+        problem: str | None = "the champion had not moved yet"
+    else:
+        problem = wait_for_serving(name, version, settings) if names.champion in before else None
     if problem is not None:
         _put_back(client, name, before, settings)
         return problem

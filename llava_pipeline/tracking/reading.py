@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import ValidationError
 
@@ -23,8 +23,17 @@ def reading_id(model: AssembledModel, origin: str) -> str:
     return hashlib.sha256(f"{model.frozen_digest}\n{model.chat_template_digest}\n{origin}".encode()).hexdigest()[:32]
 
 
-def last_cursor(settings: Settings, model: AssembledModel, origin: str) -> Cursor | None:
-    """Where the newest finished run of this model on this source stopped reading; None where there is none.
+class LastRead(NamedTuple):
+    """How far a run has read, and when that run began, in seconds since the epoch."""
+
+    cursor: Cursor
+    began: float
+
+
+def last_read(settings: Settings, model: AssembledModel, origin: str) -> LastRead | None:
+    """How far the newest finished run of this model on this source has read; None where there is none.
+
+    The newest is the one that began last: a night that waited for MLflow ends after the next one.
 
     Raises:
         TrackingError: MLflow cannot be reached, refuses, or holds a place that cannot be read.
@@ -35,14 +44,15 @@ def last_cursor(settings: Settings, model: AssembledModel, origin: str) -> Curso
             return None
         asked = f"tags.`{READING}` = '{reading_id(model, origin)}' and attributes.status = 'FINISHED'"
         found = client.search_runs(
-            [experiment.experiment_id], filter_string=asked, order_by=["attributes.end_time DESC"], max_results=1
+            [experiment.experiment_id], filter_string=asked, order_by=["attributes.start_time DESC"], max_results=1
         )
     if not found:
         return None
     try:
-        return Cursor.model_validate_json(found[0].data.tags.get(CURSOR, ""))
+        cursor = Cursor.model_validate_json(found[0].data.tags.get(CURSOR, ""))
     except ValidationError as error:
         raise TrackingError(
             f"run {found[0].info.run_id} does not tell where it stopped reading {origin}; "
             f"mend its tag {CURSOR}, or start over with --set data.increment=false"
         ) from error
+    return LastRead(cursor, found[0].info.start_time / 1000)

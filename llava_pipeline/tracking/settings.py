@@ -98,6 +98,7 @@ class ServingSettings(Frozen):
     ready_url: str | None = Field(
         None, pattern=r"^https?://", description="Its /readyz; null: that of `up`, or a promotion waits for nobody."
     )
+    registered_model: str | None = Field(None, description="Whose versions it answers with; null: any model's.")
     timeout_seconds: float = Field(60.0, gt=0, description="How long it may take to report the new champion.")
 
 
@@ -169,12 +170,20 @@ def load_settings(path: Path | None = None) -> Settings:
     up = read_addresses()
     uri = os.environ.get(URI_VARIABLE) or settings.tracking.uri or (up and up.mlflow)
     api = os.environ.get(API_VARIABLE) or settings.prefect.api_url or (up and up.prefect)
-    ready = settings.serving.ready_url or (f"{up.serving}/readyz" if up and up.serving else None)
+    serving = {}
+    if settings.serving.ready_url is None and up is not None and up.serving is not None:
+        serving = {"ready_url": f"{up.serving}/readyz", "registered_model": up.registered_model}
     return settings.model_copy(update={
         "tracking": settings.tracking.model_copy(update={"uri": uri}),
         "prefect": settings.prefect.model_copy(update={"api_url": api}),
-        "serving": settings.serving.model_copy(update={"ready_url": ready}),
+        "serving": settings.serving.model_copy(update=serving),
     })  # fmt: skip
+
+
+def ready_url_of(name: str, settings: Settings) -> str | None:
+    """Where serving tells which version of a registered model it answers with; None where nothing serves it."""
+    serving = settings.serving
+    return serving.ready_url if serving.registered_model in (None, name) else None
 
 
 def tracking_uri(settings: Settings) -> str:
@@ -196,15 +205,16 @@ def database_path(uri: str) -> Path | None:
 def server_command(settings: Settings) -> list[str]:
     """The command that starts the tracking server of ``server:``.
 
-    Database and artifacts that the environment names are left to it: an address may hold a password, and everybody on
-    a machine can read a command line.
+    Database and artifacts that the environment names are left to it. So is an address with a password: everybody on a
+    machine can read a command line.
     """
     server = settings.server
     database = server.backend_store_uri or _local_database()
     artifacts = server.artifacts_destination or (store.home() / "mlartifacts").as_uri()
+    by_environment = os.environ.get(DATABASE_VARIABLE) or has_login(database)
     return [
         *("mlflow", "server"),
-        *(() if os.environ.get(DATABASE_VARIABLE) else ("--backend-store-uri", database)),
+        *(() if by_environment else ("--backend-store-uri", database)),
         *(() if os.environ.get(ARTIFACTS_VARIABLE) else ("--artifacts-destination", artifacts)),
         *("--host", server.host, "--port", str(server.port)),
         *("--workers", str(server.workers)),
@@ -233,6 +243,11 @@ def run_address(settings: Settings, experiment_id: str, run_id: str) -> str:
     return f"{pages}/#/experiments/{experiment_id}/runs/{run_id}"
 
 
+def has_login(uri: str) -> bool:
+    """Whether an address holds a name or a password."""
+    return "@" in urlsplit(uri).netloc
+
+
 def without_login(uri: str) -> str:
     """An address as it may be shown: it may hold a password."""
     parts = urlsplit(uri)
@@ -245,8 +260,15 @@ def server_environment(settings: Settings) -> dict[str, str]:
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": str(settings.server.jobs).lower(),
         "MLFLOW_ALLOW_MODEL_CODE_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        **_database_with_login(settings),
         **({"MLFLOW_AUTH_CONFIG_PATH": str(auth_file())} if settings.server.auth else {}),
     }
+
+
+def _database_with_login(settings: Settings) -> dict[str, str]:
+    uri = settings.server.backend_store_uri
+    named = uri is not None and has_login(uri) and not os.environ.get(DATABASE_VARIABLE)
+    return {DATABASE_VARIABLE: str(uri)} if named else {}
 
 
 def auth_file() -> Path:

@@ -6,21 +6,26 @@ comes next, wherever it was cut off. What it names lies in the store.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from llava_pipeline.contracts import AssembledModel, Cursor, Evaluation
+from llava_pipeline.contracts import AssembledModel, Evaluation
 from llava_pipeline.errors import LlavaPipelineError
 from llava_pipeline.spec import Frozen, RunSpec
 from llava_pipeline.store import home, write_text
-from llava_pipeline.tracking.reading import reading_id
+from llava_pipeline.tracking.reading import LastRead, reading_id
 from llava_pipeline.tracking.stale import is_gone, this_process
 
 _log = logging.getLogger(__name__)
 REFUSED = "refused"
+ABANDONED_SECONDS = 24 * 60 * 60.0  # a job of another machine or container does not tell when it has ended
 
 
 class Spooled(Frozen):
@@ -63,9 +68,23 @@ def waiting() -> list[Spooled]:
         except (OSError, UnicodeDecodeError, ValidationError) as error:
             _log.warning("%s cannot be read (%s); it is left there", path, type(error).__name__)
             continue
-        if is_gone(entry.process):
+        if is_gone(entry.process) or time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
             found.append(entry)
     return sorted(found, key=lambda entry: entry.began)
+
+
+@contextmanager
+def alone() -> Iterator[bool]:
+    """Whether this process may ship: nobody else of this home does while the block lasts."""
+    path = home() / "locks" / "ship.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def refuse(entry: Spooled, reason: str) -> Path:
@@ -77,20 +96,20 @@ def refuse(entry: Spooled, reason: str) -> Path:
     return aside
 
 
-def last_cursor(model: AssembledModel, origin: str) -> Cursor | None:
-    """Where the newest waiting night of this model on this source stopped reading; None where none waits.
+def last_read(model: AssembledModel, origin: str) -> LastRead | None:
+    """How far the newest waiting night of this model on this source has read; None where none waits.
 
     Never raises: what cannot be read has been told.
     """
     asked = reading_id(model, origin)
     try:
         entries = [
-            entry.evaluation.projector for entry in waiting()
+            entry for entry in waiting()
             if reading_id(entry.evaluation.projector.model, entry.evaluation.projector.data.origin) == asked
         ]  # fmt: skip
     except LlavaPipelineError:
         return None
-    return entries[-1].data.ended if entries else None
+    return LastRead(entries[-1].evaluation.projector.data.ended, entries[-1].began) if entries else None
 
 
 def _entry(tags: dict[str, str]) -> Path:

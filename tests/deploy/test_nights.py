@@ -94,7 +94,9 @@ def test_wrong_parameters_are_refused_by_the_server_with_the_field(
 
 def test_two_who_want_the_same_device_take_turns(installation: Installation, tmp_path: Path) -> None:
     code = (
-        "import time; from flows.devices import device_held\n"
+        "import sys, time; from pathlib import Path; from flows.devices import device_held\n"
+        "Path(sys.argv[1]).touch()\n"
+        "while not Path('go').exists(): time.sleep(0.01)\n"
         "with device_held('cpu'):\n"
         "    began = time.time(); time.sleep(2); print(began, time.time())"
     )
@@ -102,9 +104,13 @@ def test_two_who_want_the_same_device_take_turns(installation: Installation, tmp
         PREFECT_API_URL=installation.addresses.prefect, PREFECT_HOME=str(tmp_path), PREFECT_LOGGING_LEVEL="CRITICAL"
     )
     both = [
-        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
+        subprocess.Popen(
+            [sys.executable, "-c", code, name], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for name in ("one", "two")
     ]
+    wait_until(lambda: all((tmp_path / name).exists() for name in ("one", "two")) or None, 60, "they do not start")
+    (tmp_path / "go").touch()
     times = sorted(tuple(map(float, one.communicate(timeout=120)[0].split())) for one in both)
     assert times[0][1] <= times[1][0]
 

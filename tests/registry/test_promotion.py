@@ -218,8 +218,23 @@ def test_a_promotion_that_serving_does_not_follow_is_undone(register: Register, 
     assert history(NAME, settings)[0]["outcome"].startswith("undone: serving at")
 
 
-def test_serving_that_is_away_undoes_a_first_promotion_too(register: Register, settings: Settings) -> None:
+def test_a_first_promotion_waits_for_no_serving_and_the_next_one_does(register: Register, settings: Settings) -> None:
+    """Serving begins with the first champion, and taking it back would serve nobody."""
     register()
+    register()
+    away = following(settings, "http://127.0.0.1:9/readyz")
+    promote("1", None, away)
+    assert registry.aliases(NAME, settings)["champion"] == "1"
     with pytest.raises(NotPromoted, match="ConnectionError"):
-        promote("1", None, following(settings, "http://127.0.0.1:9/readyz"))
-    assert registry.aliases(NAME, settings) == {}
+        promote("2", "1", away)
+    assert registry.aliases(NAME, settings)["champion"] == "1"
+
+
+def test_serving_that_answers_with_another_model_is_not_waited_for(register: Register, settings: Settings) -> None:
+    register()
+    register()
+    promote("1", None, settings)
+    other = following(settings, "http://127.0.0.1:9/readyz")
+    serving = other.serving.model_copy(update={"registered_model": "llava-projector-another"})
+    promote("2", "1", other.model_copy(update={"serving": serving}))
+    assert registry.aliases(NAME, settings)["champion"] == "2"

@@ -24,7 +24,7 @@ from llava_pipeline.spec import (
     WebDatasetSource,
 )
 from llava_pipeline.tracking.client import connect
-from llava_pipeline.tracking.reading import last_cursor
+from llava_pipeline.tracking.reading import last_read
 from llava_pipeline.tracking.run import record
 from llava_pipeline.tracking.settings import Settings
 from tests.tracking.conftest import MakeEvaluation
@@ -81,8 +81,8 @@ def test_the_next_night_finds_where_this_run_stopped(
     assert json.loads(tags["llava.data.cursor"]) == {"shard": 2, "row": 17, "behind": "e" * 64}
     assert tags["llava.data.origin"] == "jsonl:a.jsonl/train"
     assert tags["llava.data.num_left"] == "1234"
-    assert last_cursor(settings, evaluation.projector.model, "jsonl:a.jsonl/train") == ended
-    assert last_cursor(settings, evaluation.projector.model, "jsonl:b.jsonl/train") is None
+    assert last_read(settings, evaluation.projector.model, "jsonl:a.jsonl/train")[0] == ended  # type: ignore[index]
+    assert last_read(settings, evaluation.projector.model, "jsonl:b.jsonl/train") is None
 
 
 def test_a_source_without_an_end_has_nothing_left_to_tell(

@@ -257,7 +257,7 @@ def test_unreachable_server_is_one_sentence(
             attempt()
         message = str(caught.value)
         assert message.startswith(f"MLflow at {uri} does not answer (connection refused")
-        assert "start it with `mlflow server " in message
+        assert "start it with `llava-pipeline mlflow-server`" in message
         assert "unset MLFLOW_TRACKING_URI" in message
         assert "\n" not in message
     assert record_failure(spec, "reason", settings, {}) is None
