@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ import yaml
 from mlflow import MlflowClient
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
+from prefect.events.schemas.automations import AutomationCore
 
 from llava_pipeline.addresses import Addresses
 
@@ -134,6 +136,15 @@ class Installation:
         with self.prefect() as client:
             found = client.read_deployment_by_name(deployment)
             return client.create_flow_run_from_deployment(found.id, parameters=parameters).id
+
+    def hasten(self, automation: str, seconds: float) -> None:
+        """Let an automation wait for so many seconds only, until `up` is said again."""
+        with self.prefect() as client:
+            (there,) = client.read_automations_by_name(automation)
+            hasty = there.trigger.model_dump() | {"within": timedelta(seconds=seconds)}
+            kept = there.model_dump(include={"name", "actions", "enabled"})
+            core = AutomationCore.model_validate(kept | {"trigger": hasty})
+            client.update_automation(there.id, core)
 
     def flow_run(self, flow_run_id: UUID) -> FlowRun:
         with self.prefect() as client:

@@ -254,7 +254,7 @@ def facts(url: str) -> dict[str, list[Any]]:
             "SELECT name, alias, version FROM registered_model_aliases ORDER BY 2",
         ),
         "prefect": (
-            "SELECT id, name, state_name FROM flow_run ORDER BY 1",
+            "SELECT id, name, state_name FROM flow_run WHERE state_type != 'SCHEDULED' ORDER BY 1",
             "SELECT id, name FROM deployment ORDER BY 1",
             'SELECT name, "limit" FROM concurrency_limit_v2 ORDER BY 1',
             "SELECT name, enabled FROM automation ORDER BY 1",

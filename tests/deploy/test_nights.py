@@ -13,10 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Cancelled, Cancelling
 
+from flows import devices
 from llava_pipeline.contracts import Cursor
 from tests.deploy.installation import MODEL, NIGHT_SECONDS, Installation, installed, short, wait_until
 
@@ -61,6 +61,19 @@ def test_up_said_again_starts_only_what_has_died(installation: Installation) -> 
     found = installation.up()
     assert {name: one["pid"] for name, one in found.items()} == before | {"worker": installation.pid("worker")}
     assert installation.pid("worker") != before["worker"]
+
+
+def test_what_automations_wait_for_is_not_forgotten_by_another_up(installation: Installation) -> None:
+    """Prefect forgets it when an automation is updated, so one that is right already is not."""
+    def updated() -> dict[str, str]:
+        with installation.prefect() as client:
+            found = client.request("POST", "/automations/filter", json={}).json()
+        return {one["name"]: one["updated"] for one in found}
+
+    before = updated()
+    installation.up()
+    assert updated() == before
+    assert len(before) == 8
 
 
 def test_prefect_deploy_all_takes_the_file(installation: Installation) -> None:
@@ -117,20 +130,15 @@ def test_two_who_want_the_same_device_take_turns(installation: Installation, tmp
 
 def test_a_night_that_no_worker_begins_is_told(installation: Installation) -> None:
     """With twenty seconds of patience instead of a quarter of an hour; `up` puts that right again."""
-    name = "llava-pipeline: missed"
     installation.kill("worker")
-    with installation.prefect() as client:
-        (there,) = client.read_automations_by_name(name)
-        hasty = there.trigger.model_copy(update={"within": timedelta(seconds=20)})
-        core = AutomationCore.model_validate(there.model_dump(exclude={"id"}) | {"trigger": hasty.model_dump()})
-        client.update_automation(there.id, core)
+    installation.hasten("llava-pipeline: missed", 20)
     late = installation.begin("train-projector/nightly", profile="tiny")
     installation.receiver.wait_for("train-projector missed", "no worker takes it", seconds=120)
     with installation.prefect() as client:
         client.set_flow_run_state(late, Cancelled())
     installation.up()
     with installation.prefect() as client:
-        (there,) = client.read_automations_by_name(name)
+        (there,) = client.read_automations_by_name("llava-pipeline: missed")
     assert there.trigger.within == timedelta(minutes=15)
 
 
@@ -150,6 +158,8 @@ def test_three_nights_in_a_row(first: Installation) -> None:
     first.wait_for_training(third)
     first.kill("prefect")
     assert first.up()["prefect"]["state"] == "up"
+    with first.prefect() as client:
+        assert client.read_global_concurrency_limit_by_name(devices.cpu()).active_slots == 1
     night = first.end(third)
     assert night.state is not None
     assert night.state.is_completed(), f"{night.state}; {first.said('worker')[-3000:]}"
@@ -181,6 +191,7 @@ def test_a_night_that_is_cancelled_leaves_no_process_and_a_failed_run(first: Ins
 
 def test_a_night_killed_with_its_worker_is_told_and_finished_by_the_next_in_the_same_run(first: Installation) -> None:
     overrides = short(training={"max_steps": 60, "checkpoint_seconds": 1, "seed": 5})
+    first.hasten("llava-pipeline: a run without a heartbeat has crashed", 75)  # instead of five minutes
     killed = first.begin("train-projector/nightly", overrides=overrides)
     first.wait_for_training(killed, step=12)
     wait_until(lambda: first.runs()[-1].info.status == "RUNNING" or None, 60, "no run is begun in MLflow")
@@ -191,12 +202,11 @@ def test_a_night_killed_with_its_worker_is_told_and_finished_by_the_next_in_the_
         if process.is_running():
             os.kill(process.pid, signal.SIGKILL)
     assert psutil.wait_procs(processes, 60)[1] == []
-    assert first.up()["worker"]["state"] == "up"
-
     night = first.end(killed)
     assert night.state is not None
     assert night.state.is_crashed(), night.state
     first.receiver.wait_for("crashed", "no heartbeat came any more")
+    assert first.up()["worker"]["state"] == "up"
     number = len(first.runs())
 
     following = first.end(first.begin("train-projector/nightly", overrides=overrides))
