@@ -65,6 +65,7 @@ def test_up_said_again_starts_only_what_has_died(installation: Installation) -> 
 
 def test_what_automations_wait_for_is_not_forgotten_by_another_up(installation: Installation) -> None:
     """Prefect forgets it when an automation is updated, so one that is right already is not."""
+
     def updated() -> dict[str, str]:
         with installation.prefect() as client:
             found = client.request("POST", "/automations/filter", json={}).json()
