@@ -167,12 +167,14 @@ class Installation:
         """The folder of a training that has taken some steps and written a checkpoint."""
 
         def at_it() -> Path | None:
-            state = self.flow_run(flow_run_id).state
+            flow_run = self.flow_run(flow_run_id)
+            state, began = flow_run.state, flow_run.start_time
             assert state is not None
             assert not state.is_final(), f"{state}; {self.said('worker')[-2000:]}"
             for told in self.home.glob("training/*/told.jsonl"):
                 written = [one for one in told.parent.glob("checkpoints/[0-9]*") if one.is_dir()]
-                if written and len(told.read_text(encoding="utf-8").splitlines()) >= step:
+                is_its_own = began is not None and told.stat().st_mtime > began.timestamp()  # not one cut off before
+                if is_its_own and written and len(told.read_text(encoding="utf-8").splitlines()) >= step:
                     return told.parent
             return None
 
