@@ -21,7 +21,7 @@ from llava_pipeline.errors import LlavaPipelineError
 from llava_pipeline.spec import Frozen, RunSpec
 from llava_pipeline.store import home, write_text
 from llava_pipeline.tracking.reading import LastRead, reading_id
-from llava_pipeline.tracking.stale import is_gone, this_process
+from llava_pipeline.tracking.stale import is_elsewhere, is_gone, this_process
 
 _log = logging.getLogger(__name__)
 REFUSED = "refused"
@@ -68,7 +68,7 @@ def waiting() -> list[Spooled]:
         except (OSError, UnicodeDecodeError, ValidationError) as error:
             _log.warning("%s cannot be read (%s); it is left there", path, type(error).__name__)
             continue
-        if is_gone(entry.process) or time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+        if is_gone(entry.process) or (is_elsewhere(entry.process) and _age(path) > ABANDONED_SECONDS):
             found.append(entry)
     return sorted(found, key=lambda entry: entry.began)
 
@@ -110,6 +110,10 @@ def last_read(model: AssembledModel, origin: str) -> LastRead | None:
     except LlavaPipelineError:
         return None
     return LastRead(entries[-1].evaluation.projector.data.ended, entries[-1].began) if entries else None
+
+
+def _age(path: Path) -> float:
+    return time.time() - path.stat().st_mtime
 
 
 def _entry(tags: dict[str, str]) -> Path:

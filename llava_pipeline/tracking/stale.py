@@ -49,6 +49,11 @@ def left_alone(run: Run) -> bool:
     return is_gone(run.data.tags.get(PROCESS, ""))
 
 
+def is_elsewhere(process: str) -> bool:
+    """Whether a process is one of another host, or container, of which nothing can be told here."""
+    return process.partition(":")[0] != socket.gethostname()
+
+
 def is_gone(process: str) -> bool:
     """Whether a process, as ``this_process`` names it, was one of this host and has ended."""
     host, _, rest = process.partition(":")

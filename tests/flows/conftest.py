@@ -22,7 +22,11 @@ def home(tmp_path_factory: pytest.TempPathFactory, prefect_server: None) -> Iter
     """An empty home, a working directory without an mlflow.yml, and an empty cache of results."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "work").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
+    from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+
+    # The harness has read the environment already: without this all modules would share one cache of results.
+    own = temporary_settings({PREFECT_LOCAL_STORAGE_PATH: str(folder / "results")})
+    with own, pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLAVA_PIPELINE_HOME", str(folder))
         patch.setenv("PREFECT_LOCAL_STORAGE_PATH", str(folder / "results"))
         patch.chdir(folder / "work")
