@@ -49,7 +49,7 @@ class Live:
         self.lock, self.ending, self.told = threading.Lock(), threading.Event(), False
         self.closed = False
         self.training: str | None = None  # its folder's name: the same for a training that is gone on with
-        self.trains = False  # a step has been taken; before that nothing is begun
+        self.trains = False  # it has begun; before that no run is
         self.run_id: str | None = None
         self.last_step = 0  # that an attempt before this one has sent
         self.client: Any = None
@@ -61,7 +61,7 @@ class Live:
         """Take a step's metrics, and before them which training it is."""
         if event["event"] == "training":
             self.training = str(event["id"])
-        if event["event"] == "step":
+        if event["event"] in ("training", "step"):
             self.trains = True
             with self.lock:
                 self.waiting += content.step_points(event)

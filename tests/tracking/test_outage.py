@@ -301,6 +301,7 @@ def test_the_load_of_the_machine_that_waits_at_the_end_is_not_lost(
 ) -> None:
     tags, evaluation = {"prefect.flow_run_id": "load"}, make_evaluation()
     sender = Live(spec, settings, tags, STARTED, seconds_between=0.05)
+    sender({"event": "training", "id": "a"})
     while sender.run_id is None or sender.waiting:
         time.sleep(0.05)
     with monkeypatch.context() as patch:
@@ -329,6 +330,7 @@ def test_a_run_whose_beginning_hangs_until_recording_has_its_turn_is_not_begun_t
     monkeypatch.setattr(MlflowClient, "create_run", create_run)
     monkeypatch.setattr(live, "SECONDS_TO_FINISH", 0.1)
     sender = Live(spec, settings, tags, STARTED, seconds_between=0.05)
+    sender({"event": "training", "id": "a"})
     assert hangs.wait(60)
     sender.close()
     recorded = record(spec, evaluation, settings, tags, started=STARTED)
