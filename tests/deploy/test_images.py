@@ -43,19 +43,6 @@ SECRETS = [
 FILLED = {name: f"{name.lower()}-secret" for name in SECRETS}
 Services = dict[str, dict[str, Any]]
 
-needs_compose = pytest.mark.skipif(
-    not os.environ.get("CI")
-    and (
-        shutil.which("docker") is None
-        or subprocess.run(["docker", "compose", "version"], capture_output=True).returncode != 0
-    ),
-    reason="no docker with compose here; deploy/test_services.sh gets both",
-)
-needs_postgres = pytest.mark.skipif(
-    not os.environ.get("CI") and not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")),
-    reason="no PostgreSQL here; deploy/test_services.sh gets it",
-)
-
 
 def tool(name: str) -> str:
     """A program of the environment that runs the tests."""
@@ -170,14 +157,12 @@ def test_yaml_is_clean(path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
-@needs_compose
 @pytest.mark.parametrize("files", [("compose.yaml",), ("compose.yaml", "compose.gpu.yaml")], ids=["cpu", "gpu"])
 def test_compose_reads_its_files_without_an_engine(tmp_path: Path, files: tuple[str, ...]) -> None:
     done = compose(tmp_path, FILLED, "-q", files=files)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@needs_compose
 @pytest.mark.parametrize("missing", SECRETS)
 def test_compose_names_a_secret_that_is_missing(tmp_path: Path, missing: str) -> None:
     done = compose(tmp_path, {name: value for name, value in FILLED.items() if name != missing}, "-q")
@@ -192,7 +177,6 @@ def test_a_login_that_was_forgotten_is_none_that_is_left_out(monkeypatch: pytest
         prefect_server(Settings())
 
 
-@needs_compose
 def test_only_the_three_pages_are_published_and_only_on_loopback(services: Services) -> None:
     published = {
         (name, port["host_ip"], port["published"])
@@ -203,7 +187,6 @@ def test_only_the_three_pages_are_published_and_only_on_loopback(services: Servi
     assert published == {("mlflow", loopback, "5000"), ("prefect", loopback, "4200"), ("serving", loopback, "8000")}
 
 
-@needs_compose
 def test_databases_and_artifacts_have_no_way_out_and_no_way_in_but_the_servers(
     services: Services, tmp_path: Path
 ) -> None:
@@ -215,7 +198,6 @@ def test_databases_and_artifacts_have_no_way_out_and_no_way_in_but_the_servers(
     assert reach == {"postgres", "store", "bucket", "mlflow", "prefect", "care"}
 
 
-@needs_compose
 def test_every_service_that_stays_up_tells_whether_it_is_well_and_comes_back(services: Services) -> None:
     lasting = set(services) - one_shots(services)
     assert lasting == {"postgres", "store", "mlflow", "prefect", "worker", "serving"}
@@ -224,7 +206,6 @@ def test_every_service_that_stays_up_tells_whether_it_is_well_and_comes_back(ser
         assert services[name]["restart"] == "unless-stopped", name
 
 
-@needs_compose
 def test_every_image_is_pinned(services: Services) -> None:
     for name, service in services.items():
         tag = service["image"].rpartition(":")[2]
@@ -234,7 +215,6 @@ def test_every_image_is_pinned(services: Services) -> None:
             assert sum(part.isdigit() for part in tag.replace("-", ".").split(".")) >= 2, f"{name}: {tag} may move"
 
 
-@needs_compose
 def test_no_secret_stands_on_a_command_line(services: Services) -> None:
     for name, service in services.items():
         shown = json.dumps(
@@ -245,7 +225,6 @@ def test_no_secret_stands_on_a_command_line(services: Services) -> None:
     assert all(secret in json.dumps(services) for secret in FILLED.values())
 
 
-@needs_compose
 def test_no_service_may_do_more_than_it_has_to(services: Services) -> None:
     for name, service in services.items():
         assert service["read_only"] is True, name
@@ -255,7 +234,6 @@ def test_no_service_may_do_more_than_it_has_to(services: Services) -> None:
             assert service["user"] not in ("root", "0"), name
 
 
-@needs_compose
 def test_every_service_of_ours_is_a_command_that_takes_its_options(services: Services) -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     started = {}
@@ -270,7 +248,6 @@ def test_every_service_of_ours_is_a_command_that_takes_its_options(services: Ser
     }  # fmt: skip
 
 
-@needs_compose
 def test_with_the_gpu_file_worker_and_serving_get_a_gpu(tmp_path: Path) -> None:
     read = compose(tmp_path, FILLED, "--format", "json", files=("compose.yaml", "compose.gpu.yaml"))
     services = json.loads(read.stdout)["services"]
@@ -282,7 +259,6 @@ def test_with_the_gpu_file_worker_and_serving_get_a_gpu(tmp_path: Path) -> None:
     assert "deploy" not in services["mlflow"]
 
 
-@needs_compose
 def test_the_settings_of_the_services_lead_to_the_services(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
         monkeypatch.delenv(variable, raising=False)
@@ -302,7 +278,6 @@ def test_the_settings_of_the_services_lead_to_the_services(services: Services, m
     assert f"--keys={settings.serving.keys}" in services["serving"]["command"]
 
 
-@needs_compose
 def test_the_tracking_server_keeps_its_password_in_the_environment(
     services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,7 +316,6 @@ def store_url() -> Iterator[str]:
         server.wait()
 
 
-@needs_compose
 def test_the_bucket_is_made_once_and_asking_again_does_no_harm(services: Services, store_url: str) -> None:
     import boto3
 
@@ -398,7 +372,6 @@ def postgres(tmp_path: Path) -> Iterator[int]:
         shutil.rmtree(folder)
 
 
-@needs_postgres
 def test_each_server_gets_a_database_that_the_other_cannot_open(postgres: int, tmp_path: Path) -> None:
     import psycopg2
 
@@ -466,7 +439,6 @@ def test_a_job_of_docker_gets_gpus_and_is_not_root() -> None:
     assert created["entrypoint"] == ["tini", "--"]
 
 
-@needs_compose
 def test_a_job_of_docker_lands_beside_the_services(services: Services, tmp_path: Path) -> None:
     read = json.loads(compose(tmp_path, FILLED, "--format", "json").stdout)
     job = job_of(json.loads((DEPLOY / "docker" / "job-template.json").read_text()), {})
