@@ -6,7 +6,7 @@ import logging
 
 from prefect.events import emit_event
 
-from llava_pipeline.contracts import RecordedRun, Verdict
+from llava_pipeline.contracts import RecordedRun, Verdict, leading
 
 log = logging.getLogger("llava_pipeline.flow")
 PROMOTED = "llava-pipeline.verdict.promoted"
@@ -25,7 +25,8 @@ def tell_verdict(run: RecordedRun, verdict: Verdict, before: str | None) -> str:
     """
     from llava_pipeline.tracking.settings import load_settings, run_address
 
-    rule = leading_rule(verdict)
+    refused_by = leading(verdict.rules)
+    rule = None if refused_by is None else refused_by.name
     if verdict.decision == "promoted":
         event = PROMOTED
     else:
@@ -44,18 +45,13 @@ def tell_verdict(run: RecordedRun, verdict: Verdict, before: str | None) -> str:
     return event
 
 
-def leading_rule(verdict: Verdict) -> str | None:
-    """The first rule that was not kept: rules stand in the order of their weight."""
-    return next((rule.name for rule in verdict.rules if not rule.passed), None)
-
-
 def sentence(verdict: Verdict) -> str:
     """What happened, for a person who reads one line."""
     name, version = verdict.registered_model, verdict.version
     if verdict.decision == "promoted":
         before = f"; version {verdict.previous} was before" if verdict.previous else ", the first one"
         return f"Version {version} of {name} is champion{before}."
-    broken = next((rule for rule in verdict.rules if not rule.passed), None)
+    broken = leading(verdict.rules)
     if broken is None:
         return f"Version {version} of {name} passed the gate and waits for a person: llava-pipeline promote {version}."
     stays = f"version {verdict.champion} stays champion" if verdict.champion else "there is no champion"

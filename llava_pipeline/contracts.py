@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -293,6 +294,11 @@ class Rule(Frozen):
     found: str
     required: str
     remedy: str = ""  # empty where it passed
+
+
+def leading(rules: Sequence[Rule]) -> Rule | None:
+    """The first rule that was not kept, None where all were: rules stand in the order of their weight."""
+    return next((rule for rule in rules if not rule.passed), None)
 
 
 class Verdict(Frozen):

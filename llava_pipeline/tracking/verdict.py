@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llava_pipeline.contracts import Evaluation, Evidence, RecordedRun, Rule
+from llava_pipeline.contracts import Evaluation, Evidence, RecordedRun, Rule, leading
 from llava_pipeline.tracking import content
 from llava_pipeline.tracking.client import connect, refusals
 from llava_pipeline.tracking.settings import Settings
@@ -33,7 +33,8 @@ def write(run: RecordedRun, evidence: Evidence, rules: tuple[Rule, ...], setting
         tags = {f"llava.gate.{rule.name}": _tag(rule) for rule in rules}
         for key, value in (tags | {"llava.gate.champion": seen, "llava.gate": outcome}).items():
             client.set_model_version_tag(run.registered_model, run.version, key, value[: content.MAX_TAG])
-        client.set_tag(run.run_id, LEADING, next((rule.name for rule in rules if not rule.passed), NONE))
+        refused_by = leading(rules)
+        client.set_tag(run.run_id, LEADING, NONE if refused_by is None else refused_by.name)
 
 
 def refused_before(run: RecordedRun, settings: Settings) -> str | None:
