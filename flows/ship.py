@@ -24,9 +24,10 @@ def ship() -> int:
         NotShipped: MLflow, or the gate's promotion, refuses one; it is put aside, the others are shipped.
     """
     from llava_pipeline.tracking import spool
+    from llava_pipeline.tracking.client import locked
 
     shipped, problems = 0, list[str]()
-    with spool.alone() as is_alone:
+    with locked("ship", wait=False) as is_alone:
         nights = spool.waiting() if is_alone else []
         for night in nights:
             try:

@@ -168,13 +168,20 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def locked(name: str) -> Iterator[None]:
-    """Hold ``<home>/locks/<name>.lock``: one process of this machine at a time; freed when the process ends."""
+def locked(name: str, *, wait: bool = True) -> Iterator[bool]:
+    """Hold ``<home>/locks/<name>.lock``: one process of this machine at a time; freed when the process ends.
+
+    Whether it is held: always, unless somebody else holds it and it is not to be waited for.
+    """
     path: Path = store.home() / "locks" / f"{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def _prepare_mlflow() -> None:

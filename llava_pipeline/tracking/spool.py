@@ -6,12 +6,9 @@ comes next, wherever it was cut off. What it names lies in the store.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -71,20 +68,6 @@ def waiting() -> list[Spooled]:
         if is_gone(entry.process) or (is_elsewhere(entry.process) and _age(path) > ABANDONED_SECONDS):
             found.append(entry)
     return sorted(found, key=lambda entry: entry.began)
-
-
-@contextmanager
-def alone() -> Iterator[bool]:
-    """Whether this process may ship: nobody else of this home does while the block lasts."""
-    path = home() / "locks" / "ship.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
 
 
 def refuse(entry: Spooled, reason: str) -> Path:
