@@ -16,6 +16,7 @@ from flows.form import spec_of_parameters
 from flows.links import tags_of_flow_run
 
 log = logging.getLogger("llava_pipeline.flow")
+STORY = "train-projector"
 SECONDS_BETWEEN = 5.0
 Follow = Callable[[dict[str, Any]], None]
 
@@ -38,12 +39,13 @@ def followers() -> Iterator[Follow]:
 
 
 def live_in_mlflow() -> Any:
-    """Steps go to the MLflow run of this flow run; None where there is no flow run, or none that trains."""
+    """Steps go to the MLflow run of this flow run; None where it is not the story's: a sweep has runs of its own."""
     from llava_pipeline.tracking.live import Live
     from llava_pipeline.tracking.settings import load_settings
 
-    if (spec := spec_of_parameters(flow_run.get_parameters() or {})) is None:
+    if flow_run.get_flow_name() != STORY:
         return None
+    spec = spec_of_parameters(flow_run.get_parameters())
     began = flow_run.get_scheduled_start_time().timestamp()
     return Live(spec, load_settings(), tags_of_flow_run(), began)
 

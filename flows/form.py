@@ -71,10 +71,8 @@ def _said(changes: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
     return said
 
 
-def spec_of_parameters(parameters: dict[str, Any]) -> RunSpec | None:
-    """The spec of a flow run by its parameters, whichever form they have; None where it trains nothing."""
+def spec_of_parameters(parameters: dict[str, Any]) -> RunSpec:
+    """The spec of a flow run of the story, by its parameters: a whole one, or a form's."""
     if "spec" in parameters:
         return RunSpec.model_validate(parameters["spec"])
-    if "overrides" in parameters:
-        return spec_of(parameters["profile"], Changes.model_validate(parameters["overrides"]))
-    return None
+    return spec_of(parameters["profile"], Changes.model_validate(parameters["overrides"]))

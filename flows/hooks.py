@@ -28,8 +28,7 @@ def mark_failed(flow: Any, flow_run: Any, state: Any) -> None:
     from llava_pipeline.tracking.run import record_failure
     from llava_pipeline.tracking.settings import load_settings
 
-    if (spec := spec_of_parameters(flow_run.parameters)) is None:
-        return
+    spec = spec_of_parameters(flow_run.parameters)
     began = (flow_run.start_time or flow_run.expected_start_time).timestamp()
     tags = {"prefect.flow_run_id": str(flow_run.id)}
     record_failure(spec, state.message or "unknown", load_settings(), tags, started=began)

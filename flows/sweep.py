@@ -82,7 +82,7 @@ def sweep(
     warmup_shares: WarmupShares = [0.05],  # noqa: B006
     seeds: Seeds = [0],  # noqa: B006
     profile: ProfileName = "pocket",
-    changes: Overrides = Changes(),  # noqa: B008
+    overrides: Overrides = Changes(),  # noqa: B008
 ) -> Swept:
     """Try every learning rate with every warm-up and every seed; at most 64 combinations.
 
@@ -91,7 +91,7 @@ def sweep(
         warmup_shares: Shares of the budget that warm up linearly, to try.
         seeds: Seeds of the order of samples: how much a result scatters.
         profile: A profile's name.
-        changes: Values of the profile to change; what is left out stays.
+        overrides: Values of the profile to change; what is left out stays.
 
     Raises:
         SpecError: more than 64 combinations, or a learning rate below the one that the cosine ends with.
@@ -99,7 +99,7 @@ def sweep(
     """
     from llava_pipeline.stages.sweep import combinations, spec_with, swept
 
-    spec = spec_of(profile, changes)
+    spec = spec_of(profile, overrides)
     tried = combinations(spec, learning_rates, warmup_shares, seeds)
     run = begin_sweep(spec, tried, tags_of_flow_run())
     try:

@@ -13,6 +13,7 @@ from typing import Any
 
 import prefect
 
+from flows.following import STORY
 from flows.hooks import mark_cancelled, mark_failed, sweep
 from flows.stages import (
     assemble_and_freeze,
@@ -35,7 +36,7 @@ HOOKS: dict[str, Any] = {
 }
 
 
-@prefect.flow(name="train-projector", **HOOKS)
+@prefect.flow(name=STORY, **HOOKS)
 def train(spec: RunSpec) -> Verdict:
     """Teach a frozen language model to see: only the projector learns."""
     backbones = fetch_backbones(spec.backbones)

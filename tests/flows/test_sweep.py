@@ -46,7 +46,7 @@ AXES = ("learning_rates", "warmup_shares", "seeds")
 
 
 def swept_by(rates: list[float], warmups: list[float], seeds: list[int]) -> Swept:
-    return sweep(rates, warmups, seeds, profile="tiny", changes=CHANGED)
+    return sweep(rates, warmups, seeds, profile="tiny", overrides=CHANGED)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_other_combinations_are_another_sweep_and_what_was_trained_before_is_not
 def test_what_ends_a_sweep_is_told_by_its_run_too(found: Swept) -> None:
     hopeless = Changes.model_validate({"data": {"max_samples": 32, "max_tokens": 9}, "training": {"max_steps": 9}})
     with pytest.raises(TooManyRejected):
-        sweep(RATES, [0.1], [0], profile="tiny", changes=hopeless)
+        sweep(RATES, [0.1], [0], profile="tiny", overrides=hopeless)
     client = connect(Settings())
     asked = "tags.`llava.kind` = 'sweep' and attributes.status = 'FAILED'"
     (failed,) = client.search_runs([found.experiment_id], asked)
