@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 from tests.cli.conftest import command
 from tests.deploy import postgres, recorded
 from tests.deploy import s3 as stores
 from tests.deploy.postgres import Cluster
 from tests.deploy.s3 import S3
+from tests.once import made_once
 from tests.serving.served import copied
 
 __all__ = ["command"]
@@ -20,14 +20,8 @@ __all__ = ["command"]
 
 @pytest.fixture(scope="session")
 def recorded_home(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """The home that nothing may change; made once for all processes of a test run."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "recorded-home"
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "done").is_file():
-            recorded.make_home(folder)
-            (folder / "done").touch()
-    return folder
+    """The home that nothing may change."""
+    return made_once("recorded-home", recorded.make_home, tmp_path_factory, worker_id)
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from filelock import FileLock
 
 from llava_pipeline import store
 from llava_pipeline.contracts import Cursor, TrainedProjector
@@ -38,6 +37,7 @@ from llava_pipeline.stages.validate import validate_stream
 from llava_pipeline.tracking.client import connect
 from llava_pipeline.tracking.run import record
 from llava_pipeline.tracking.settings import FILE_VARIABLE, URI_VARIABLE, Settings
+from tests.once import made_once
 
 COMMAND = Path(sys.executable).with_name("llava-pipeline")
 NAME = "llava-projector-pocket"
@@ -62,14 +62,7 @@ START_SECONDS, END_SECONDS = 120, 60
 @pytest.fixture(scope="session")
 def trained_home(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """The home that nothing may change."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "trained-home"
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "done").is_file():
-            with pytest.MonkeyPatch.context() as patch:
-                _train(folder, patch)
-            (folder / "done").touch()
-    return folder
+    return made_once("trained-home", _train, tmp_path_factory, worker_id)
 
 
 @pytest.fixture
@@ -97,7 +90,12 @@ def point(home: Path, alias: str, version: str) -> None:
     connect(settings_of(home)).set_registered_model_alias(NAME, alias, version)
 
 
-def _train(folder: Path, patch: pytest.MonkeyPatch) -> None:
+def _train(folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        _train_in(folder, patch)
+
+
+def _train_in(folder: Path, patch: pytest.MonkeyPatch) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "work").mkdir(exist_ok=True)
     patch.setenv("LLAVA_PIPELINE_HOME", str(folder))
