@@ -21,6 +21,7 @@ from llava_pipeline.stages.recorded import evaluate_recorded
 from llava_pipeline.tracking import registry
 from llava_pipeline.tracking.checks import answers_recorded
 from llava_pipeline.tracking.registry import Champion
+from llava_pipeline.tracking.served import wait_until_served
 from llava_pipeline.tracking.settings import Settings, load_settings, ready_url_of
 
 SECONDS_BETWEEN = 1.0
@@ -107,8 +108,9 @@ def ask_serving(champion: Champion, registered_model: str) -> tuple[str, str | N
     url = ready_url_of(registered_model, settings)
     if url is None:
         return "no serving address is known (serving.ready_url); nobody was asked", None
-    deadline = time.monotonic() + settings.serving.timeout_seconds
-    told = who_is_served(url, registered_model, champion.version, deadline)
+    seconds = settings.serving.timeout_seconds
+    deadline = time.monotonic() + seconds
+    told = wait_until_served(url, registered_model, champion.version, seconds)
     if isinstance(told, str):
         return told, told
     if told.get("model") not in (None, registered_model):
@@ -127,23 +129,6 @@ def ask_serving(champion: Champion, registered_model: str) -> tuple[str, str | N
         return f"{url} reports version {champion.version} and answers {said!r} to {asked!r}, as recorded", None
     wrong = f"{url} serves version {champion.version}, which answers {said!r} to {asked!r}, {recorded!r} was recorded"
     return wrong, wrong
-
-
-def who_is_served(url: str, model: str, version: str, deadline: float) -> dict[str, Any] | str:
-    """What ``/readyz`` tells once it reports the version, or another model; else in words what it told until then."""
-    while True:
-        try:
-            told = requests.get(url, timeout=max(1.0, deadline - time.monotonic())).json()
-            if isinstance(told, dict) and (
-                str(told.get("version")) == version or told.get("model") not in (None, model)
-            ):
-                return told
-            reported = f"version {told.get('version')}" if isinstance(told, dict) else "something that is no object"
-        except (requests.RequestException, ValueError) as error:
-            reported = type(error).__name__
-        if time.monotonic() >= deadline:
-            return f"serving at {url} reports {reported}, version {version} is champion; look at its log"
-        time.sleep(min(SECONDS_BETWEEN, max(0.0, deadline - time.monotonic())))
 
 
 def a_golden_question(run_id: str, folder: Path, settings: Settings) -> dict[str, str] | None:

@@ -8,18 +8,16 @@ that dies in between leaves the old champion in place or the new one, and whoeve
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-import requests
-
 from llava_pipeline.errors import NoSuchRun, NotPromoted
 from llava_pipeline.spec import Frozen
 from llava_pipeline.tracking import history, registry
 from llava_pipeline.tracking.client import connect, locked, refusals
+from llava_pipeline.tracking.served import wait_until_served
 from llava_pipeline.tracking.settings import Settings, ready_url_of
 from llava_pipeline.tracking.verdict import NONE
 
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _log = logging.getLogger(__name__)
-SECONDS_BETWEEN = 1.0
 Action = Literal["promote", "rollback"]
 
 
@@ -198,25 +195,14 @@ def wait_for_serving(name: str, version: str, settings: Settings) -> str | None:
 
     At once where no serving is configured, or where it answers with another registered model.
     """
-    url, patience = ready_url_of(name, settings), settings.serving.timeout_seconds
-    if url is None:
+    if (url := ready_url_of(name, settings)) is None:
         return None
-    deadline = time.monotonic() + patience
-    told = "nothing"
-    while True:
-        try:
-            answer = requests.get(url, timeout=min(patience, 10.0)).json()
-            told = f"version {answer.get('version')}" if isinstance(answer, dict) else "something that is no object"
-            if isinstance(answer, dict) and answer.get("model", name) != name:
-                _log.info("serving at %s answers with %s, so nobody waits for it", url, answer["model"])
-                return None
-            if isinstance(answer, dict) and str(answer.get("version")) == version:
-                return None
-        except (requests.RequestException, ValueError) as error:
-            told = type(error).__name__
-        if time.monotonic() >= deadline:
-            return f"serving at {url} still reported {told} after {patience:g} s; look at its log"
-        time.sleep(min(SECONDS_BETWEEN, max(0.0, deadline - time.monotonic())))
+    told = wait_until_served(url, name, version, settings.serving.timeout_seconds)
+    if isinstance(told, str):
+        return told
+    if told.get("model", name) != name:
+        _log.info("serving at %s answers with %s, so nobody waits for it", url, told["model"])
+    return None
 
 
 @contextmanager
