@@ -424,13 +424,13 @@ def _number_or_text(text: str) -> float | str:
         return text
 
 
-def change(content: dict[str, Any], changes: dict[str, Any]) -> None:
+def merge(content: dict[str, Any], changes: dict[str, Any]) -> None:
     """Put values into a mapping in place, part by part. What has kinds is replaced whole where the kind differs."""
     for key, value in changes.items():
         there = content.get(key)
         same_kind = isinstance(there, dict) and isinstance(value, dict) and there.get("kind") == value.get("kind")
         if same_kind:
-            change(content[key], value)
+            merge(content[key], value)
         else:
             content[key] = value
 
@@ -442,7 +442,7 @@ def load_spec(profile: str, overrides: Iterable[str] = (), changes: dict[str, An
         SpecError: anything wrong with the profile, a key or a value; every problem is listed with its place.
     """
     content = read_profile(profile)
-    change(content, changes or {})
+    merge(content, changes or {})
     for override in overrides:
         apply_override(content, override)
     try:

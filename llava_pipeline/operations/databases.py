@@ -24,7 +24,7 @@ from llava_pipeline.operations import services
 from llava_pipeline.spec import Frozen
 from llava_pipeline.tracking.settings import DATABASE_VARIABLE, Settings, is_server
 
-PREFECT_VARIABLE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
+PREFECT_VARIABLE = services.DATABASE_VARIABLE
 SECONDS_FOR_A_LOCK = 60.0
 UPDATE = (
     "UPDATE {0} SET {1} = {new} || substr({1}, length({old}) + 1) "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from llava_pipeline.operations import machine, servers
 from llava_pipeline.operations.finding import Finding
 from llava_pipeline.spec import RunSpec
@@ -30,5 +28,4 @@ def to_compare_with(settings: Settings) -> list[str]:
     ]
     named = [url for url in known if url]
     away = [url for url in named if not servers.is_here(url)]
-    hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    return [*away, hub, *(url for url in named if url not in away)]
+    return [*away, machine.hub_address(), *(url for url in named if url not in away)]

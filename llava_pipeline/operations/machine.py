@@ -126,9 +126,14 @@ def memory(needed: int) -> Finding:
     return warning("memory", found, remedy)
 
 
+def hub_address() -> str:
+    """Of the hub, or of what stands in for it."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
 def hub() -> Finding:
     """Whether the hub answers; what is cached needs none."""
-    url = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    url = hub_address()
     try:
         status = requests.head(url, timeout=HUB_SECONDS, allow_redirects=True).status_code
     except requests.RequestException as error:

@@ -18,7 +18,6 @@ from llava_pipeline.tracking.settings import FILE_VARIABLE, Settings
 
 SECONDS = 5.0
 CLOCK_WARNING, CLOCK_PROBLEM = 10.0, 300.0  # S3 refuses requests that are fifteen minutes off
-AUTH_VARIABLE = "PREFECT_SERVER_API_AUTH_STRING"
 UP = "start it with `llava-pipeline up`"
 
 
@@ -123,11 +122,10 @@ def clock(urls: list[str]) -> Finding:
 def security(settings: Settings) -> list[Finding]:
     """What others could reach, and with which login."""
     server, prefect, serves = settings.server, settings.prefect, settings.serving
+    login = services.LOGIN_VARIABLE
     open_to_others = {
         "MLflow": (server.host, server.auth, "server.host: 127.0.0.1, or server.auth: true behind TLS"),
-        "Prefect": (
-            prefect.host, bool(os.environ.get(AUTH_VARIABLE)), f"prefect.host: 127.0.0.1, or {AUTH_VARIABLE}",
-        ),
+        "Prefect": (prefect.host, bool(os.environ.get(login)), f"prefect.host: 127.0.0.1, or {login}"),
         "serving": (serves.host, serves.keys is not None, "serving.host: 127.0.0.1, or serving.keys"),
     }  # fmt: skip
     found = [

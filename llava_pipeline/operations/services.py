@@ -26,6 +26,7 @@ NIGHTS_AT_ONCE = 4  # flow runs of one worker; who trains holds the device alone
 HEARTBEAT_SECONDS = 30
 SILENT_SECONDS = 300  # longer than a restart of Prefect's server takes: whoever lives is heard of in between
 LOGIN_VARIABLE = "PREFECT_SERVER_API_AUTH_STRING"
+DATABASE_VARIABLE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
 EVENTS_DAYS, FLOW_RUNS_DAYS = 7, 90
 
 
@@ -85,7 +86,7 @@ def prefect_server(settings: Settings) -> Command:
         "PREFECT_SERVER_EVENTS_RETENTION_PERIOD": f"P{EVENTS_DAYS}D",
     }
     if server.database_url is not None:
-        own["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = server.database_url
+        own[DATABASE_VARIABLE] = server.database_url
     return Command(
         argv=("prefect", "server", "start", "--host", server.host, "--port", str(server.port)), environment=unset(own)
     )

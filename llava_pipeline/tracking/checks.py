@@ -14,7 +14,6 @@ from llava_pipeline.tracking.registry import Champion
 from llava_pipeline.tracking.settings import Settings
 from llava_pipeline.tracking.stale import PROCESS, this_process
 
-KIND = "llava.kind"
 AS_RECORDED = "as recorded"
 
 
@@ -46,7 +45,7 @@ def record_check(
     now = datetime.now(UTC)
     result = "; ".join(problems)[: content.MAX_TAG] or AS_RECORDED
     known = {
-        KIND: "check", "llava.profile": profile, "llava.check": result, "llava.check.model": registered_model,
+        content.KIND: "check", "llava.profile": profile, "llava.check": result, "llava.check.model": registered_model,
         "llava.check.version": champion.version, "llava.check.trained_in": champion.run_id,
         "llava.check.serving": serving[: content.MAX_TAG], "llava.projector_digest": champion.projector_digest,
         PROCESS: this_process(),

@@ -43,6 +43,7 @@ STEP_METRICS = (
 )
 SAMPLE_COLUMNS = ("kind", "question", "truth", "answer", "answer_shuffled", "correct", "likelihood", "loss", "id")
 MAX_PARAMETER = 6000
+KIND = "llava.kind"  # of a run that is no night: sweep, trial or check
 MAX_TAG = 5000
 
 

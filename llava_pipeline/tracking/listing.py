@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from llava_pipeline.errors import SpecError
+from llava_pipeline.tracking import content
 from llava_pipeline.tracking.client import connect, find_experiment, refusals
 from llava_pipeline.tracking.registry import registered_model
 from llava_pipeline.tracking.settings import Settings, database_path, tracking_uri
@@ -97,6 +98,7 @@ def _row(run: Run, model: _Model | None, settings: Settings) -> dict[str, Any]:
         "run_id": run.info.run_id,
         "name": run.info.run_name,
         "profile": tags.get("llava.profile"),
+        "kind": tags.get(content.KIND, "run"),
         "status": run.info.status,
         "failure": tags.get("llava.failure"),
         "started": datetime.fromtimestamp(run.info.start_time / 1000, UTC).isoformat(timespec="seconds"),

@@ -1,4 +1,4 @@
-"""Settings of tracking, registry and gate: ``mlflow.yml``. Every key has a default; an unknown key is refused."""
+"""``mlflow.yml``: servers, tracking, registry and gate. Every key has a default; an unknown key is refused."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 _log = logging.getLogger(__name__)
-KIND, SWEEP, TRIAL = "llava.kind", "llava.sweep", "llava.trial"
+SWEEP, TRIAL = "llava.sweep", "llava.trial"
 PARENT = "mlflow.parentRunId"
 SWEPT = ("learning_rate", "warmup_share", "seed")
 UNFINISHED = "attributes.status != 'FINISHED'"
@@ -44,7 +44,7 @@ def begin(spec: RunSpec, tried: Sequence[Combination], settings: Settings, tags:
         TrackingError: MLflow cannot be reached, or refuses.
     """
     digest = sweep_digest(spec, tried)
-    known = {KIND: "sweep", SWEEP: digest, "llava.profile": spec.profile, PROCESS: this_process()}
+    known = {content.KIND: "sweep", SWEEP: digest, "llava.profile": spec.profile, PROCESS: this_process()}
     known |= content.library_versions() | {key: value[: content.MAX_TAG] for key, value in tags.items()}
     with refusals("begin the run of a sweep in MLflow"):
         client = connect(settings)
@@ -116,7 +116,7 @@ def begin_trial(sweep: SweepRun, spec: RunSpec, name: str, settings: Settings) -
 
 def _start(client: MlflowClient, sweep: SweepRun, spec: RunSpec, name: str) -> str:
     tags = content.tags_of_spec(spec) | {
-        KIND: "trial", PARENT: sweep.run_id, TRIAL: content.spec_digest(spec), PROCESS: this_process(),
+        content.KIND: "trial", PARENT: sweep.run_id, TRIAL: content.spec_digest(spec), PROCESS: this_process(),
     }  # fmt: skip
     tags.pop("llava.registered_model")  # it registers nothing
     return str(client.create_run(sweep.experiment_id, tags=tags, run_name=name).info.run_id)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from flows import findings
-from llava_pipeline.operations import machine, servers
+from llava_pipeline.operations import machine, servers, services
 from llava_pipeline.operations.finding import Finding
 from llava_pipeline.tracking import health, registry, spool
 from llava_pipeline.tracking.client import connect, ensure_experiment
@@ -220,7 +220,7 @@ def test_nights_that_wait_are_a_warning_and_refused_ones_a_problem(own_home: Pat
 def test_a_server_that_others_reach_without_a_login_is_a_problem(
     settings: dict[str, Any], told: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(servers.AUTH_VARIABLE, raising=False)
+    monkeypatch.delenv(services.LOGIN_VARIABLE, raising=False)
     (found,) = servers.security(Settings.model_validate(settings))
     assert (found.name, found.status) == (told, "problem")
 
@@ -229,7 +229,7 @@ def test_a_server_that_asks_for_a_login_or_is_bound_to_loopback_is_well(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert [finding.status for finding in servers.security(Settings())] == ["ok"]
-    monkeypatch.setenv(servers.AUTH_VARIABLE, "admin:secret")
+    monkeypatch.setenv(services.LOGIN_VARIABLE, "admin:secret")
     keys = tmp_path / "keys.txt"
     keys.write_text("")
     keys.chmod(0o600)
