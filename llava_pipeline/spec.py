@@ -197,6 +197,8 @@ Source = Annotated[
     Field(discriminator="kind"),
 ]
 Split = Literal["train", "test"]
+Stage = Literal["align", "instruct"]
+INSTRUCT: dict[str, Any] = {"training": {"language_model": {"mode": "lora"}}}  # where a profile says nothing of it
 
 
 class WorkersSpec(Frozen):
@@ -247,11 +249,51 @@ class StepSpec(Frozen):
     compile: bool = Field(False, description="What is computed element by element is fused by torch.compile.")
 
 
-class TrainingSpec(Frozen):
-    """How the projector learns, and when it stops: with whichever budget is used up first."""
+class PartSpec(Frozen):
+    """Whether and how fast one part of the model learns."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
+    mode: Literal["frozen", "lora", "full"] = Field(
+        "frozen", description="lora learns a small difference to every matrix, full the weights themselves."
+    )
+    learning_rate: float | None = Field(
+        None, ge=0, description="Peak of this part; the training's own unless told. 0 is as good as frozen."
+    )
+
+    @property
+    def learns(self) -> bool:
+        """Whether training changes it."""
+        return self.mode != "frozen" and self.learning_rate != 0
+
+
+class LoraSpec(Frozen):
+    """The difference that a part in mode lora learns: two thin matrices beside each of its own (arXiv 2106.09685)."""
+
+    rank: int = Field(16, gt=0, le=1024, description="Columns of the thin matrices.")
+    alpha: float = Field(32.0, gt=0, description="The difference is scaled by alpha / rank.")
+    targets: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1,
+        description="Matrices of each layer that have one.",
+    )
+    quantize: Literal["nf4"] | None = Field(
+        None, description="nf4 holds the frozen matrices in 4 bits (QLoRA): needs a CUDA card and bitsandbytes."
+    )
+
+
+class TrainingSpec(Frozen):
+    """What learns and how, and when it stops: with whichever budget is used up first."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    vision_tower: PartSpec = Field(PartSpec(), description="Stays frozen in both stages of the original recipe.")
+    projector: PartSpec = Field(PartSpec(mode="full"), description="Frozen or full.")
+    language_model: PartSpec = Field(PartSpec(), description="Frozen while the projector is aligned.")
+    lora: LoraSpec = Field(LoraSpec(), description="Of a language model in mode lora.")
+    checkpoint_activations: bool = Field(
+        False, description="Compute activations again on the way back: less memory, a third more time."
+    )
     max_steps: int | None = Field(None, gt=0, description="Budget: optimizer steps.")
     max_samples: int | None = Field(None, gt=0, description="Budget: samples, repeated ones counted again.")
     max_minutes: float | None = Field(None, gt=0, description="Budget: minutes since training started, all attempts.")
@@ -263,7 +305,7 @@ class TrainingSpec(Frozen):
         gt=0,
         description="Most tokens of one forward pass; as many as fit unless told. Halved when memory is out.",
     )
-    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of AdamW.")
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of AdamW, of parts that state none.")
     min_learning_rate: float = Field(2e-5, ge=0, description="Where the cosine ends.")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="What follows the warm-up.")
     warmup_share: float = Field(0.05, ge=0, lt=1, description="Share of the budget that warms up linearly.")
@@ -293,6 +335,22 @@ class TrainingSpec(Frozen):
             raise ValueError("max_cost needs the machine's price; set price_per_hour")
         return self
 
+    @model_validator(mode="after")
+    def _learns(self) -> Self:
+        if self.vision_tower.learns:
+            raise ValueError("the vision tower is trained in no stage here; leave vision_tower.mode at frozen")
+        if self.projector.mode == "lora":
+            raise ValueError("a projector has no lora: it is small; set projector.mode to full or frozen")
+        if not (self.projector.learns or self.language_model.learns):
+            raise ValueError("nothing learns; set projector.mode=full, or language_model.mode to lora or full")
+        if self.lora.quantize and self.language_model.mode == "full":
+            raise ValueError("weights in 4 bits cannot be trained whole; set language_model.mode=lora")
+        return self
+
+    def learning_rate_of(self, part: PartSpec) -> float:
+        """Peak of a part that learns."""
+        return self.learning_rate if part.learning_rate is None else part.learning_rate
+
 
 class EvaluationSpec(Frozen):
     """What is asked of the trained model, and how many times."""
@@ -312,6 +370,12 @@ class RunSpec(Frozen):
 
     profile: str = Field(
         pattern=r"^[a-z0-9-]+$", description="Name; versions are registered as llava-projector-<profile>."
+    )
+    stage: Stage = Field(
+        "align", description="align teaches the projector; instruct then the language model too, as the profile says."
+    )
+    begin_with: str | None = Field(
+        None, description="Alias, version or run whose projector is gone on from; null begins with a fresh one."
     )
     title: str = Field("", description="One line for people.")
     cost: str = Field("", description="What a run takes, and on what.")
@@ -435,13 +499,18 @@ def merge(content: dict[str, Any], changes: dict[str, Any]) -> None:
             content[key] = value
 
 
-def load_spec(profile: str, overrides: Iterable[str] = (), changes: dict[str, Any] | None = None) -> RunSpec:
-    """The validated spec of a profile with changes made, and then overrides applied in order.
+def load_spec(
+    profile: str, overrides: Iterable[str] = (), changes: dict[str, Any] | None = None,
+    stage: Stage = "align", begin_with: str | None = None,
+) -> RunSpec:  # fmt: skip
+    """The validated spec of a profile's stage with changes made, and then overrides applied in order.
 
     Raises:
         SpecError: anything wrong with the profile, a key or a value; every problem is listed with its place.
     """
-    content = read_profile(profile)
+    content = at_stage(read_profile(profile), stage, profile)
+    if begin_with is not None:
+        content["begin_with"] = begin_with
     merge(content, changes or {})
     for override in overrides:
         apply_override(content, override)
@@ -449,6 +518,25 @@ def load_spec(profile: str, overrides: Iterable[str] = (), changes: dict[str, An
         return RunSpec.model_validate(content)
     except ValidationError as error:
         raise SpecError(explain(error, profile)) from error
+
+
+def at_stage(content: dict[str, Any], stage: Stage, profile: str) -> dict[str, Any]:
+    """A profile's mapping with what it says of a stage put into it.
+
+    Raises:
+        SpecError: its section ``stages`` is none.
+    """
+    stages = content.pop("stages", {})
+    if not isinstance(stages, dict) or not all(
+        isinstance(stages.get(name, {}), dict) for name in ("align", "instruct")
+    ):
+        raise SpecError(f"{profile}: `stages` must map align and instruct to what they change; correct it there")
+    if unknown := sorted(set(stages) - {"align", "instruct"}):
+        raise SpecError(f"{profile}: no stage {unknown[0]!r}; there are align and instruct")
+    merge(content, stages.get(stage, INSTRUCT if stage == "instruct" else {}))
+    if stage != "align":
+        content["stage"] = stage
+    return content
 
 
 def explain(error: ValidationError, profile: str) -> str:
