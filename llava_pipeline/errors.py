@@ -12,7 +12,8 @@ LlavaPipelineError                 exit code 1: something failed
 │   ├── PictureRefused             a picture that cannot be read or is not accepted
 │   ├── KeyFileRefused             a file of API keys that is not one, or that others can write
 │   ├── AddressRefused             an address that cannot be served on, or not without keys
-│   └── BackupRefused              a backup that is not whole, or a place that is in use or not empty
+│   ├── BackupRefused              a backup that is not whole, or a place that is in use or not empty
+│   └── ExportRefused              a folder that is taken, or parts that an engine cannot read
 ├── BackboneError
 │   ├── BackboneUnavailable        not reachable now, or not to be read, and not cached
 │   ├── DigestMismatch             a file is not the file that was pinned
@@ -38,6 +39,7 @@ LlavaPipelineError                 exit code 1: something failed
 │   ├── TrackingUnavailable        MLflow cannot be reached
 │   └── NotShipped                 a night that waited was refused
 ├── BackupFailed                   a database or an artifact cannot be copied, or not be put back
+├── ExportDiffers                  another engine does not answer as this one does
 ├── NotServing                     the server did not start
 └── Regressed                      the champion does not answer any more as it was recorded
 """
@@ -95,6 +97,10 @@ class AddressRefused(UserError):
 
 class BackupRefused(UserError):
     """A backup that is not whole, or a place of one, or for one, that is in use or not empty."""
+
+
+class ExportRefused(UserError):
+    """A folder that is taken, parts that an engine cannot read, or an engine that is not installed."""
 
 
 class BackboneError(LlavaPipelineError):
@@ -199,6 +205,10 @@ class NotShipped(TrackingError):
 
 class BackupFailed(LlavaPipelineError):
     """A database or an artifact that cannot be copied, or not be put back."""
+
+
+class ExportDiffers(LlavaPipelineError):
+    """Another engine does not answer from the exported files as this one does."""
 
 
 class NotServing(LlavaPipelineError):
