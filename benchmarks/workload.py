@@ -32,12 +32,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from llava_pipeline.backbones.fetch import fetch
 from llava_pipeline.contracts import Backbones, Piece
 from llava_pipeline.data.sources.procedural import ScenesReader
-from llava_pipeline.model.assemble import Llava, assemble, init_projector, num_image_tokens
+from llava_pipeline.model.assemble import Llava, assemble, init_projector
+from llava_pipeline.model.families import CLIP_MEAN, CLIP_STD, num_image_tokens
 from llava_pipeline.model.freeze import freeze_backbones
 from llava_pipeline.model.processor import IMAGE_TOKEN, Encoded, ImageSettings, Message, Processor
-from llava_pipeline.model.read_processor import CLIP_MEAN, CLIP_STD, add_tokens, load_tokenizer
+from llava_pipeline.model.read_processor import add_tokens, load_tokenizer
 from llava_pipeline.model.template import LLAVA
-from llava_pipeline.spec import RunSpec, ScenesSource, Split, load_spec
+from llava_pipeline.spec import ModelSpec, RunSpec, ScenesSource, Split, load_spec
 
 Shapes = Literal["budget", "quick", "pocket"]
 Labels = Literal["seed", "answers"]
@@ -162,7 +163,7 @@ def budget_config(shapes: Shapes, tokenizer: Any) -> LlavaConfig:
     )  # fmt: skip
     return LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        image_seq_length=num_image_tokens(vision, "default"), vision_feature_layer=-2,
+        image_seq_length=num_image_tokens(vision, ModelSpec()), vision_feature_layer=-2,
         vision_feature_select_strategy="default", tie_word_embeddings=False, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip

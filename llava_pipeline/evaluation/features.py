@@ -7,7 +7,7 @@ import torch
 from llava_pipeline.data.snapshot import Rows
 from llava_pipeline.evaluation.questions import Advance
 from llava_pipeline.model.assemble import Llava
-from llava_pipeline.training.features import tower_features
+from llava_pipeline.model.tower import tower_features
 
 
 def picture_features(llava: Llava, rows: Rows, pictures: range, batch_size: int, advance: Advance) -> torch.Tensor:

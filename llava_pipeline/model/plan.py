@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -25,7 +26,7 @@ from llava_pipeline.backbones.configuration import read_config, usable
 from llava_pipeline.backbones.fetch import files_in, named_folder, source_folder
 from llava_pipeline.backbones.layout import choose_weights
 from llava_pipeline.errors import IncompatibleParts
-from llava_pipeline.model.assemble import num_image_tokens
+from llava_pipeline.model.families import check_context, num_image_tokens, vision_config_of
 from llava_pipeline.model.freeze import count_parameters, freeze_backbones
 from llava_pipeline.model.memory import tokens_per_pass, training_bytes
 from llava_pipeline.model.speed import measured_flops
@@ -87,14 +88,12 @@ def plan(spec: RunSpec) -> Plan:
         NotFound: a folder that was named is not there, or holds no part.
     """
     vision, text = config_of(spec.backbones.vision_tower, spec), config_of(spec.backbones.language_model, spec)
-    if not isinstance(vision, CLIPVisionConfig):
-        raise IncompatibleParts(
-            f"the vision tower is a {vision.model_type}, not a CLIP vision tower; choose another one"
-        )
+    vision = vision_config_of(vision)
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise IncompatibleParts(f"the language model is a {text.model_type}, which does not write; choose another one")
     with usable("vision tower or language model", "config.json"):
-        image_tokens = num_image_tokens(vision, spec.model.vision_feature_select_strategy)
+        image_tokens = num_image_tokens(vision, spec.model)
+        check_context(text, image_tokens)
         counts = count_on_meta(vision, text)
     device = "cuda" if spec.training.device != "cpu" and torch.cuda.is_available() else "cpu"
     tokens = min(spec.data.max_tokens, image_tokens + TEXT_TOKENS.get(type(spec.data.source), OTHER_TEXT_TOKENS))
@@ -137,6 +136,9 @@ def config_of(part: Backbone, spec: RunSpec) -> Any:
             return embedded_config(name, {})
         case RandomBackbone(like=name, overrides=overrides):
             return embedded_config(name, overrides)
+        case WheelBackbone(config=stated) if stated:
+            with usable(part.requirement, "config"):
+                return AutoConfig.for_model(**stated)
         case WheelBackbone():
             raise IncompatibleParts(f"{part.requirement} does not say its sizes; plan it as the fallback of a hub part")
 
@@ -152,12 +154,11 @@ def config_from_shape(shape: dict[str, int], name: str) -> Any:
 
 
 def config_in(folder: Path, weights: str, name: str) -> Any:
-    """The configuration in a folder, or in its GGUF file; of a whole CLIP, its vision half."""
+    """The configuration in a folder, or in its GGUF file."""
     names = files_in(folder)
     if weights.endswith(".gguf") or "config.json" not in names:
         weights = choose_weights(names, weights, name)
-    config = read_config(folder, weights, name)
-    return getattr(config, "vision_config", config)
+    return read_config(folder, weights, name)
 
 
 def embedded_config(name: str, overrides: dict[str, int]) -> Any:

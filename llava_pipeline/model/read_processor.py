@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 from llava_pipeline.backbones.configuration import read_tokenizer, usable
 from llava_pipeline.contracts import AssembledModel, FetchedBackbone
 from llava_pipeline.errors import IncompatibleParts
+from llava_pipeline.model.families import FAMILIES
 from llava_pipeline.model.processor import IMAGE_TOKEN, ImageSettings, Processor
 from llava_pipeline.model.template import chat_template
 from llava_pipeline.store import open_artifact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def processor_of(model: AssembledModel) -> Processor:
@@ -35,7 +34,7 @@ def load_tokenizer(part: FetchedBackbone) -> PreTrainedTokenizerFast:
 
 
 def image_settings(part: FetchedBackbone, side: int) -> ImageSettings:
-    """Mean and deviation from the image processor's file, CLIP's own where there is none."""
+    """Mean and deviation from the image processor's file, those of the tower's family where there is none."""
     folder = open_artifact(part.files)
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).exists():
@@ -46,7 +45,9 @@ def image_settings(part: FetchedBackbone, side: int) -> ImageSettings:
                 if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
                     raise ValueError(f"image_mean is {mean}, image_std is {std}")
                 return ImageSettings(side, mean, std)
-    return ImageSettings(side, CLIP_MEAN, CLIP_STD)
+    with usable(part.origin, "config.json", folder):
+        family = FAMILIES[json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]]
+    return ImageSettings(side, family.mean, family.std)
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerFast, origin: str) -> None:

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from llava_pipeline.evaluation.read import stop_ids
 from llava_pipeline.model.assemble import Llava
+from llava_pipeline.model.tower import tower_features
 from llava_pipeline.serving.pictures import Picture
 from llava_pipeline.serving.rows import Prefix, Rows, read_prompts, read_suffixes, read_tokens
 from llava_pipeline.serving.sampling import Sampling, choose
 from llava_pipeline.serving.text import TextStream
-from llava_pipeline.training.features import tower_features
 
 log = logging.getLogger(__name__)
 K = TypeVar("K")

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from llava_pipeline.errors import DamagedArtifact
+from llava_pipeline.model.tower import feature_width, tower_features
 from llava_pipeline.spec import TrainingSpec
 from llava_pipeline.store import sha256_of, tell_disk_full
 from llava_pipeline.training.world import World
@@ -44,16 +45,6 @@ class StepFeatures(Protocol):
 
     def __call__(self, images: list[int]) -> Tensor:
         """(I, P, D_vision) features of some of them, on the device."""
-
-
-@torch.no_grad()
-def tower_features(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> Tensor:
-    """(B, 3, S, S) to the hidden state that is projected, (B, P, D_vision); blocks behind it do not run."""
-    tower, config = model.model.vision_tower, model.config
-    features: Tensor = tower.pre_layrnorm(tower.embeddings(pixel_values.to(tower.dtype)))
-    for block in tower.encoder.layers[: len(tower.encoder.layers) + 1 + config.vision_feature_layer]:
-        features = block(features, attention_mask=None)
-    return features[:, 1:] if config.vision_feature_select_strategy == "default" else features
 
 
 class Picked:
@@ -123,7 +114,7 @@ class Kept(Picked):
 def compute(model: LlavaForConditionalGeneration, pixels: Tensor, normalise: Normalise, device: torch.device) -> Tensor:
     """Features of (I, S, S, 3) uint8 pictures, in batches of one size."""
     if len(pixels) == 0:
-        shape = (0, int(model.config.image_seq_length), int(model.config.vision_config.hidden_size))
+        shape = (0, int(model.config.image_seq_length), feature_width(model.config))
         return torch.empty(shape, dtype=model.model.vision_tower.dtype, device=device)
     batches = [batch.to(device, non_blocking=True) for batch in pixels.split(BATCH_PICTURES)]
     return torch.cat([tower_features(model, normalise(batch)) for batch in batches])
@@ -132,7 +123,7 @@ def compute(model: LlavaForConditionalGeneration, pixels: Tensor, normalise: Nor
 def bytes_per_picture(model: LlavaForConditionalGeneration) -> int:
     """Of kept features."""
     config, tower = model.config, model.model.vision_tower
-    return int(config.image_seq_length * config.vision_config.hidden_size * tower.dtype.itemsize)
+    return int(config.image_seq_length * feature_width(config) * tower.dtype.itemsize)
 
 
 def worth_keeping(

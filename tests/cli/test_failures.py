@@ -74,7 +74,7 @@ LANGUAGE, TOWER = "backbones.language_model", "backbones.vision_tower"
     [
         ([f"{LANGUAGE}={{kind: folder, path: /nosuch}}"], "there is no folder /nosuch; correct `path`"),
         ([f"{LANGUAGE}={{kind: embedded, name: pocket/vision_tower}}"], "is a clip_vision_model, not a language model"),
-        ([f"{TOWER}={{kind: embedded, name: pocket/language_model}}"], "is a llama, not a CLIP vision tower"),
+        ([f"{TOWER}={{kind: embedded, name: pocket/language_model}}"], "is a llama, not a vision tower"),
         (["model.vision_feature_layer=-9"], "model.vision_feature_layer=-9, but the tower has"),
         (["data.source={kind: parquet, path: /nosuch}"], "/nosuch"),
     ],

@@ -21,7 +21,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    SiglipVisionConfig,
+    ViTConfig,
 )
 
 from llava_pipeline.backbones.fetch import fetch
@@ -36,12 +36,12 @@ from llava_pipeline.model.assemble import (
     describe,
     fit_rows,
     load,
-    num_image_tokens,
 )
+from llava_pipeline.model.families import CLIP_MEAN, num_image_tokens
 from llava_pipeline.model.freeze import count_parameters, freeze_backbones, frozen_digest
 from llava_pipeline.model.processor import IMAGE_TOKEN, Processor
 from llava_pipeline.model.projector import digest_of, state_of
-from llava_pipeline.model.read_processor import CLIP_MEAN, add_tokens, load_tokenizer, processor_of
+from llava_pipeline.model.read_processor import add_tokens, load_tokenizer, processor_of
 from llava_pipeline.spec import FolderBackbone, HubBackbone, ModelSpec, load_spec
 from llava_pipeline.store import open_artifact
 from tests.tiny import SPEC, talk
@@ -388,8 +388,9 @@ def test_the_colours_of_an_image_processor_are_taken(backbones: Backbones, clip_
     ("side", "patch", "strategy", "expected"),
     [(224, 32, "default", 49), (224, 32, "full", 50), (224, 16, "default", 196), (336, 14, "default", 576)],
 )
-def test_image_tokens_by_configuration(side: int, patch: int, strategy: str, expected: int) -> None:
-    assert num_image_tokens(CLIPVisionConfig(image_size=side, patch_size=patch), strategy) == expected
+def test_image_tokens_by_configuration(side: int, patch: int, strategy: Any, expected: int) -> None:
+    spec = ModelSpec(vision_feature_select_strategy=strategy)
+    assert num_image_tokens(CLIPVisionConfig(image_size=side, patch_size=patch), spec) == expected
 
 
 @pytest.mark.parametrize("strategy", ["default", "full"])
@@ -414,12 +415,12 @@ def test_a_model_that_answers_with_no_numbers_is_refused(llava: Llava) -> None:
         check_image_tokens(llava)
 
 
-@pytest.mark.parametrize("config", [SiglipVisionConfig(), BertConfig(), LlamaConfig()])
-def test_a_tower_that_is_no_clip_is_refused(backbones: Backbones, tmp_path: Path, config: Any) -> None:
+@pytest.mark.parametrize("config", [ViTConfig(), BertConfig(), LlamaConfig()])
+def test_a_tower_of_no_known_family_is_refused(backbones: Backbones, tmp_path: Path, config: Any) -> None:
     shutil.copytree(open_artifact(backbones.vision_tower.files), tmp_path / "tower")
     config.save_pretrained(tmp_path / "tower")
     part = fetch(FolderBackbone(path=str(tmp_path / "tower")), None, 0)
-    with pytest.raises(IncompatibleParts, match=f"folder:tower is a {config.model_type}, not a CLIP vision tower"):
+    with pytest.raises(IncompatibleParts, match=f"folder:tower is a {config.model_type}, not a vision tower"):
         assemble(with_tower(backbones, part), SPEC.model)
 
 

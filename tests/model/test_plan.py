@@ -58,7 +58,7 @@ def test_code_that_lies_in_a_folder_is_not_run(tmp_path: Path) -> None:
     ("part", "other", "message"),
     [
         ("language_model", "vision_tower", "the language model is a clip_vision_model, which does not write"),
-        ("vision_tower", "language_model", "the vision tower is a llama, not a CLIP vision tower"),
+        ("vision_tower", "language_model", "the vision tower is a llama, not a vision tower"),
     ],
 )
 def test_a_part_in_the_place_of_the_other_is_told(part: str, other: str, message: str) -> None:

@@ -19,8 +19,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from llava_pipeline.contracts import Backbones
 from llava_pipeline.errors import IncompatibleParts
+from llava_pipeline.model.families import CLIP_MEAN, CLIP_STD
 from llava_pipeline.model.processor import IGNORE_INDEX, Encoded, ImageSettings, Message, Processor
-from llava_pipeline.model.read_processor import CLIP_MEAN, CLIP_STD, add_tokens, load_tokenizer
+from llava_pipeline.model.read_processor import add_tokens, load_tokenizer
 from llava_pipeline.model.template import chat_template
 from tests.tiny import talk
 
