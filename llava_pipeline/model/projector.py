@@ -37,6 +37,7 @@ def identity(model: AssembledModel) -> dict[str, Any]:
         "chat_template": {"text": model.chat_template_digest},
         "num_image_tokens": model.num_image_tokens,
         "frozen_digest": model.frozen_digest,
+        **model.spec.model_dump(include={"image_size", "pixel_shuffle"}, exclude_defaults=True),
     }
 
 
@@ -57,8 +58,9 @@ def names(model: AssembledModel) -> dict[str, str]:
 def _first_difference(theirs: dict[str, Any], their_names: dict[str, Any], model: AssembledModel) -> str:
     """What a projector's identity has and the model has not, in words; empty where they are equal."""
     our_names = names(model)
-    for key, wanted in identity(model).items():
-        found = theirs.get(key)
+    ours = identity(model)
+    for key in ours | theirs:
+        wanted, found = ours.get(key), theirs.get(key)
         if found == wanted:
             continue
         told = f"{key} = {their_names.get(key, found)}, the model has {our_names.get(key, wanted)}"
