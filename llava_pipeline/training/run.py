@@ -178,7 +178,8 @@ class Training:
         """Of kept features: everything that they depend on."""
         model = self.job.model
         tower = sorted(model.backbones.vision_tower.sha256.items())
-        layer = (model.spec.vision_feature_layer, model.spec.vision_feature_select_strategy)
+        spec = model.spec
+        layer = (spec.vision_feature_layer, spec.vision_feature_select_strategy, model.image_size, spec.pixel_shuffle)
         parts = (
             self.job.train.digest,
             tower,
