@@ -254,7 +254,8 @@ def test_an_unknown_key_is_told_with_its_place_and_where_to_look(place: str) -> 
         ),
         (
             "model.chat_template=none",
-            "model.chat_template: input should be 'llava', 'chatml' or 'native' (found 'none')",
+            "model.chat_template: input should be 'native', 'llava', 'vicuna', 'chatml', 'llama3', 'zephyr' or 'plain' "
+            "(found 'none')",
         ),
         (
             "training.precision=int8",

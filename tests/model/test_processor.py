@@ -20,7 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from llava_pipeline.contracts import Backbones
 from llava_pipeline.errors import IncompatibleParts
 from llava_pipeline.model.families import CLIP_MEAN, CLIP_STD
-from llava_pipeline.model.processor import IGNORE_INDEX, Encoded, ImageSettings, Message, Processor
+from llava_pipeline.model.processor import IGNORE_INDEX, Encoded, ImageSettings, Message, Processor, render
 from llava_pipeline.model.read_processor import add_tokens, load_tokenizer
 from llava_pipeline.model.template import chat_template
 from tests.tiny import talk
@@ -45,14 +45,15 @@ NATIVE_TEMPLATE = (  # a language model's own, with tokens for the roles
     "{{ item['text'] }}{% endfor %}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-TEMPLATES = ("llava", "chatml", "native")
+TEMPLATES = ("llava", "chatml", "native", "llama3", "zephyr", "plain")
+LLAMA3_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 Processors = dict[str, Processor]
 
 
 def written(name: str, texts: list[str], answered: bool = True) -> str:
     """A conversation as each template writes it, by hand."""
     rounds = list(zip(texts[::2], texts[1::2], strict=True)) if answered else [(texts[0], "")]
-    out = {"llava": "<s>" + SYSTEM, "chatml": "", "native": "<s>"}[name]
+    out = {"llava": "<s>" + SYSTEM, "chatml": ""}.get(name, "<s>")
     for number, (question, answer) in enumerate(rounds):
         asked = f"<image>\n{question}" if number == 0 else question
         start, end = {
@@ -62,6 +63,13 @@ def written(name: str, texts: list[str], answered: bool = True) -> str:
                 f"{answer}<|im_end|>\n",
             ),
             "native": (f"<|user|>{asked}<|assistant|>", f" {answer}</s>"),
+            "llama3": (
+                f"<|start_header_id|>user<|end_header_id|>\n\n{asked}<|eot_id|>"
+                "<|start_header_id|>assistant<|end_header_id|>\n\n",
+                f"{answer}<|eot_id|>",
+            ),
+            "zephyr": (f"<|user|>\n{asked}</s>\n<|assistant|>\n", f"{answer}</s>\n"),
+            "plain": ("<image>" if number == 0 else "", f"{answer}\n"),
         }[name]
         out += start + end if answered else start
     return out
@@ -69,14 +77,19 @@ def written(name: str, texts: list[str], answered: bool = True) -> str:
 
 def learned(name: str, texts: list[str]) -> list[str]:
     """What is learned of every round."""
-    return [f"{answer}<|im_end|>" if name == "chatml" else f" {answer}</s>" for answer in texts[1::2]]
+    if name == "plain":  # nothing stands between two captions
+        return ["".join(f"{answer}\n" for answer in texts[1::2])]
+    before = {"llava": " ", "native": " "}.get(name, "")
+    end = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}.get(name, "</s>")
+    return [f"{before}{answer}{end}" for answer in texts[1::2]]
 
 
 def a_tokenizer(backbones: Backbones) -> PreTrainedTokenizerFast:
     """The language model's, with the special tokens of every template."""
     tokenizer = load_tokenizer(backbones.language_model)
     known = [str(token) for token in tokenizer.extra_special_tokens]
-    extra = [t for t in ("<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>") if t not in known]
+    tokens = ("<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", *LLAMA3_TOKENS)
+    extra = [t for t in tokens if t not in known]
     tokenizer.add_special_tokens({"extra_special_tokens": extra}, replace_extra_special_tokens=False)
     tokenizer.chat_template = NATIVE_TEMPLATE
     return tokenizer
@@ -139,6 +152,56 @@ def test_the_documented_layout(processors: Processors) -> None:
     before = [tokenizer.bos_token_id, user, *[image] * NUM_IMAGE_TOKENS, *question, assistant]
     assert encoded.input_ids == before + answer
     assert encoded.labels == [IGNORE_INDEX] * len(before) + answer
+
+
+def test_vicunas_template_is_what_llava_15_was_trained_on(backbones: Backbones) -> None:
+    tokenizer = load_tokenizer(backbones.language_model)
+    text, spans = render(
+        chat_template("vicuna", tokenizer), tokenizer.special_tokens_map, talk("Where?", "Here.", "Why?", "So."), False
+    )
+    assert text == (  # conversation.py of LLaVA: conv_vicuna_v1, two separators, a space and </s>
+        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: <image>\nWhere? ASSISTANT: Here.</s>"
+        "USER: Why? ASSISTANT: So.</s>"
+    )
+    assert [text[start:end] for start, end in spans] == [" Here.</s>", " So.</s>"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama3", "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"),
+        ("zephyr", "<s><|system|>\nBe brief.</s>\n"),
+        ("chatml", "<|im_start|>system\nBe brief.<|im_end|>\n"),
+        ("plain", "<s>"),
+    ],
+)
+def test_a_systems_words_stand_before_the_first_question(processors: Processors, name: str, expected: str) -> None:
+    said = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    text = processors[name].render([said, *talk("?", "!")])[0]
+    without = processors[name].render(talk("?", "!"))[0]
+    assert text == expected + without.removeprefix("<s>")
+
+
+def test_a_model_that_reasons_finds_an_empty_thought_that_it_does_not_learn(backbones: Backbones) -> None:
+    tokenizer = a_tokenizer(backbones)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    template = chat_template("chatml", tokenizer)
+    text, spans = render(template, {}, talk("Where?", "Here.", "Why?", "So."), False)
+    assert text == (
+        "<|im_start|>user\n<image>\nWhere?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nHere.<|im_end|>\n"
+        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nSo.<|im_end|>\n"
+    )
+    assert [text[start:end] for start, end in spans] == ["Here.<|im_end|>", "So.<|im_end|>"]
+    asked, _ = render(template, {}, talk("Where?"), True)
+    assert asked.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def test_a_tokenizer_without_a_beginning_begins_a_caption_with_its_end(backbones: Backbones) -> None:
+    tokenizer = a_tokenizer(backbones)
+    tokenizer.bos_token = None
+    text, _ = render(chat_template("plain", tokenizer), tokenizer.special_tokens_map, talk("What?", "A boat."), False)
+    assert text == "</s><image>A boat.\n"
 
 
 @pytest.mark.parametrize("texts", [["What is it?", "A boat."], ["a", "b", "c", "d"]])
@@ -256,6 +319,22 @@ def test_chatml_without_its_tokens_is_refused(backbones: Backbones) -> None:
         chat_template("chatml", tokenizer)
 
 
+def test_llama3_without_its_tokens_is_refused(backbones: Backbones) -> None:
+    message = r"no <\|end_header_id\|> and no <\|eot_id\|> and no .* --set model\.chat_template=llava or zephyr"
+    with pytest.raises(IncompatibleParts, match=message):
+        chat_template("llama3", load_tokenizer(backbones.language_model))
+
+
+@pytest.mark.parametrize("name", ["llava", "vicuna", "zephyr", "plain"])
+def test_a_template_whose_answers_would_have_no_end_is_refused(backbones: Backbones, name: str) -> None:
+    tokenizer = a_tokenizer(backbones)
+    tokenizer.eos_token = None
+    with pytest.raises(
+        IncompatibleParts, match=r"has no end token, so .* --set model\.chat_template=chatml or llama3 or"
+    ):
+        chat_template(name, tokenizer)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -270,7 +349,7 @@ def test_a_native_template_that_lacks_something_is_refused(
     tokenizer = a_tokenizer(backbones)
     assert chat_template("native", tokenizer) == NATIVE_TEMPLATE
     tokenizer.chat_template = change(NATIVE_TEMPLATE)
-    with pytest.raises(IncompatibleParts, match=r"--set model\.chat_template=llava or chatml"):
+    with pytest.raises(IncompatibleParts, match=r"--set model\.chat_template=chatml or llama3 or llava or zephyr$"):
         chat_template("native", tokenizer)
 
 
