@@ -96,7 +96,7 @@ class Ours:
     def learner(self, spec: TrainingSpec) -> Learner:
         """AdamW on the projector as it is."""
         projector = self.work.llava.model.model.multi_modal_projector
-        return make_learner(list(projector.parameters()), spec, self.dtype)
+        return make_learner(dict(projector.named_parameters()), spec, self.dtype)
 
     def step(self, task: Task, learner: Learner, place: Place, indices: list[int], rate: float) -> tuple[float, float]:
         """One step of the optimizer: its loss and its seconds."""

@@ -33,6 +33,7 @@ from llava_pipeline.contracts import (
     ArtifactRef,
     AssembledModel,
     Backbones,
+    Beginning,
     Evaluation,
     Evidence,
     RecordedRun,
@@ -191,15 +192,24 @@ def show_report(data: ValidatedData) -> None:
         log.warning("the data report is not shown in Prefect: %s", error)
 
 
+@stage("llava_pipeline.stages.begin", minutes=30, retries=5, reuse=False)  # an alias may have moved
+def find_beginning(spec: RunSpec, model: AssembledModel) -> Beginning | None:
+    from llava_pipeline.stages import begin
+
+    return begin.find_beginning(spec, model)
+
+
 @stage(
     "llava_pipeline.stages.train", minutes=24 * 60, retries=3,  # it goes on where it was killed
-    device=lambda model, data, spec: (spec.device, spec.num_processes),
+    device=lambda model, data, spec, beginning: (spec.device, spec.num_processes),
 )  # fmt: skip
-def train_projector(model: AssembledModel, data: ValidatedData, spec: TrainingSpec) -> TrainedProjector:
+def train_projector(
+    model: AssembledModel, data: ValidatedData, spec: TrainingSpec, beginning: Beginning | None
+) -> TrainedProjector:
     from llava_pipeline.stages import train
 
     with followers() as follow:
-        return train.train_projector(model, data, spec, follow)
+        return train.train_projector(model, data, spec, beginning, follow)
 
 
 @stage(

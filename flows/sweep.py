@@ -21,6 +21,7 @@ from flows.stages import (
     assemble_and_freeze,
     evaluate_generations,
     fetch_backbones,
+    find_beginning,
     stage,
     train_projector,
     validate_stream,
@@ -137,7 +138,7 @@ def try_one(
     """Train and ask one combination; one that diverges costs the sweep nothing else."""
     run_id = begin_trial(run, spec, combination)
     try:
-        projector = train_projector(model, data, spec.training)
+        projector = train_projector(model, data, spec.training, find_beginning(spec, model))
         evaluation = evaluate_generations(projector, data.held_out, spec.evaluation)
         return record_trial(run, run_id, spec, combination, evaluation)
     except Diverged as error:

@@ -19,6 +19,7 @@ from flows.stages import (
     assemble_and_freeze,
     evaluate_generations,
     fetch_backbones,
+    find_beginning,
     pass_gate_and_promote,
     record_run,
     train_projector,
@@ -42,7 +43,8 @@ def train(spec: RunSpec) -> Verdict:
     backbones = fetch_backbones(spec.backbones)
     model = assemble_and_freeze(backbones, spec.model)
     data = validate_stream(model, spec.data, spec.evaluation.max_samples)
-    projector = train_projector(model, data, spec.training)
+    beginning = find_beginning(spec, model)
+    projector = train_projector(model, data, spec.training, beginning)
     evaluation = evaluate_generations(projector, data.held_out, spec.evaluation)
     run = record_run(spec, evaluation)
     evidence = weigh_against_champion(run)

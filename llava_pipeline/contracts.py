@@ -107,8 +107,17 @@ class ValidatedData(Frozen):
     held_out: Snapshot
 
 
+class Beginning(Frozen):
+    """A recorded run whose projector, and whatever else it trained, a training goes on from."""
+
+    registered_model: str
+    version: str | None  # None: the run has registered none
+    run_id: str
+    projector: ArtifactRef
+
+
 class TrainedProjector(Frozen):
-    """A projector with its history."""
+    """A projector with its history, and with what else was trained, as a LoRA on the language model."""
 
     model: AssembledModel
     data: Snapshot
@@ -126,6 +135,9 @@ class TrainedProjector(Frozen):
     precision: str
     peak_memory_bytes: int
     predicted_memory_bytes: int
+    num_learned: int | None = None  # parameters; None: the projector's alone, of a run before there were stages
+    learned: Literal["projector", "lora", "full"] = "projector"  # what of the language model, besides the projector
+    began_with: Beginning | None = None  # None: a fresh projector
     frozen_digest_before: Sha256  # in the precision of the training, so not the assembled model's in half precision
     frozen_digest_after: Sha256
 

@@ -251,7 +251,7 @@ class DataSpec(Frozen):
 
 
 class StepSpec(Frozen):
-    """What a step spares itself; each is exact, and is turned off only to measure what it brings."""
+    """What a step spares itself; each is exact; what is on is turned off only to measure what it brings."""
 
     pack: bool = Field(True, description="Samples lie one behind the other, without padding.")
     share_prefix: bool = Field(True, description="Tokens that every sample begins with are computed once a run.")
@@ -260,6 +260,9 @@ class StepSpec(Frozen):
     lean: bool = Field(True, description="Operations keep for the backward pass no more than it needs.")
     halve: bool = Field(True, description="Large weights that 16 bits hold without loss are stored in 16 bits.")
     keep_features: bool = Field(True, description="Tower features are kept, where that pays and the disk may be used.")
+    recompute: bool = Field(
+        False, description="Activations are computed again on the way back: less memory, a third more time."
+    )
     compile: bool = Field(False, description="What is computed element by element is fused by torch.compile.")
 
 
@@ -305,9 +308,6 @@ class TrainingSpec(Frozen):
     projector: PartSpec = Field(PartSpec(mode="full"), description="Frozen or full.")
     language_model: PartSpec = Field(PartSpec(), description="Frozen while the projector is aligned.")
     lora: LoraSpec = Field(LoraSpec(), description="Of a language model in mode lora.")
-    checkpoint_activations: bool = Field(
-        False, description="Compute activations again on the way back: less memory, a third more time."
-    )
     max_steps: int | None = Field(None, gt=0, description="Budget: optimizer steps.")
     max_samples: int | None = Field(None, gt=0, description="Budget: samples, repeated ones counted again.")
     max_minutes: float | None = Field(None, gt=0, description="Budget: minutes since training started, all attempts.")
@@ -549,7 +549,7 @@ def at_stage(content: dict[str, Any], stage: Stage, profile: str) -> dict[str, A
         raise SpecError(f"{profile}: no stage {unknown[0]!r}; there are align and instruct")
     merge(content, stages.get(stage, INSTRUCT if stage == "instruct" else {}))
     if stage != "align":
-        content["stage"] = stage
+        content |= {"stage": stage, "begin_with": content.get("begin_with", "champion")}
     return content
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,6 +16,8 @@ from llava_pipeline.errors import LlavaPipelineError
 
 if TYPE_CHECKING:
     from llava_pipeline.spec import RunSpec
+
+Stage = Literal["align", "instruct"]  # as in the spec, which is not loaded for a command that needs none
 
 app = typer.Typer(
     name="llava-pipeline",
@@ -27,6 +29,10 @@ app = typer.Typer(
 
 Profile = Annotated[str, typer.Option("--profile", "-p", help="A profile's name, or the path of a .yaml file.")]
 Overrides = Annotated[list[str], typer.Option("--set", help="Change one value, as training.max_steps=20. Repeatable.")]
+StageName = Annotated[Stage, typer.Option("--stage", help="align teaches the projector, instruct more than that.")]
+From = Annotated[
+    str | None, typer.Option("--from", help="Alias, version or run to go on from; instruct: champion unless told.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line of stdout.")]
 YAML = (".yaml", ".yml")
 DEBUG_VARIABLE = "LLAVA_PIPELINE_DEBUG"
@@ -58,11 +64,13 @@ def plan(profile: Profile = "pocket", overrides: Overrides = [], as_json: AsJson
 def run(
     profile: Profile = "pocket",
     overrides: Overrides = [],  # noqa: B006
+    stage: StageName = "align",
+    begin_with: From = None,
     refresh: Annotated[bool, typer.Option("--refresh", help="Reuse no earlier result.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run the whole pipeline: fetch, assemble, validate, train, evaluate, record, gate."""
-    row = run_flow(read_spec(profile, overrides), refresh)
+    row = run_flow(read_spec(profile, overrides, stage, begin_with), refresh)
     show.document(row) if as_json else show.result(row)
 
 
@@ -140,11 +148,11 @@ def runs(
 # --------------------------------------------------------------------------------------------- what commands share
 
 
-def read_spec(profile: str, overrides: list[str]) -> RunSpec:
+def read_spec(profile: str, overrides: list[str], stage: Stage = "align", begin_with: str | None = None) -> RunSpec:
     """The validated spec. Pydantic takes half of the start-up time, so it is loaded when a command needs it."""
     from llava_pipeline.spec import load_spec
 
-    return load_spec(profile, overrides)
+    return load_spec(profile, overrides, stage=stage, begin_with=begin_with)
 
 
 def registered_model_of(profile: str) -> str:

@@ -1,7 +1,9 @@
-"""The projector artifact explains itself: 23 MB of weights and a manifest of all they depend on.
+"""What a training leaves behind explains itself: 23 MB of projector and a manifest of all it depends on.
 
 ``projector.safetensors`` holds ``linear_1`` and ``linear_2`` as transformers names them; ``manifest.json`` names both
-backbones with their digests, the feature layer, the template and the data. It refuses to load on anything else.
+backbones with their digests, the feature layer, the template and the data. It refuses to load on anything else. The
+artifact grows by what else was trained: ``adapter/`` holds a LoRA as peft reads it (some MB), and
+``language_model.safetensors`` a language model that was trained whole.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -20,11 +23,17 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_pipeline.contracts import AssembledModel, FetchedBackbone
 from llava_pipeline.errors import IncompatibleParts, WeightsMismatch
+from llava_pipeline.model import adapter
+from llava_pipeline.model.freeze import LANGUAGE_MODEL, full
 
 WEIGHTS, MANIFEST = "projector.safetensors", "manifest.json"
+ADAPTER, WHOLE = "adapter/adapter_model.safetensors", "language_model.safetensors"
+PEFT_PREFIX = "base_model.model."  # what peft puts before the name of every weight
 VISION_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
 LANGUAGE_FILES = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 State = dict[str, torch.Tensor]
+# Weights that a model had before a language model that was trained whole took their place.
+_OWN: WeakKeyDictionary[LlavaForConditionalGeneration, State] = WeakKeyDictionary()
 
 
 def identity(model: AssembledModel) -> dict[str, Any]:
@@ -87,17 +96,63 @@ def digest_of(state: State) -> str:
 
 
 def save(folder: Path, state: State, model: AssembledModel, facts: dict[str, Any]) -> None:
-    """Write both files; ``facts`` (steps, data digests, ...) go into the manifest."""
-    # Written by Python, for safetensors' own writer tells a full disk as no OSError.
-    (folder / WEIGHTS).write_bytes(to_bytes(state, metadata={"format": "pt"}))
+    """Write what was trained, each part in its file; ``facts`` (steps, data digests, ...) go into the manifest."""
+    parts = split(state)
+    _write(folder / WEIGHTS, parts[""])
+    if parts[adapter.PREFIX]:
+        _write_adapter(folder / ADAPTER, parts[adapter.PREFIX])
+    if parts[LANGUAGE_MODEL]:
+        _write(folder / WHOLE, parts[LANGUAGE_MODEL])
     libraries = {name: version(name) for name in ("torch", "transformers", "safetensors")}
     known = {"identity": identity(model), "names": names(model), "digest": digest_of(state), "versions": libraries}
     manifest = known | facts
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def load(folder: Path, model: AssembledModel) -> State:
+def split(state: State) -> dict[str, State]:
+    """A state by what it holds: the projector under "", an adapter and a whole language model under their prefixes."""
+    parts: dict[str, State] = {"": {}, adapter.PREFIX: {}, LANGUAGE_MODEL: {}}
+    for name, tensor in state.items():
+        parts[next((p for p in (adapter.PREFIX, LANGUAGE_MODEL) if name.startswith(p)), "")][name] = tensor
+    return parts
+
+
+def _write(path: Path, state: State) -> None:
+    """Written by Python, for safetensors' own writer tells a full disk as no OSError."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(to_bytes(state, metadata={"format": "pt"}))
+
+
+def _write_adapter(path: Path, state: State) -> None:
+    """A LoRA as ``PeftModel.from_pretrained`` reads it beside a language model."""
+    weights = {key: value for key, value in state.items() if key != adapter.SCALE}
+    targets = sorted({name.split(".lora_")[0].removeprefix(adapter.PREFIX) for name in weights})
+    rank = next(len(value) for name, value in weights.items() if name.endswith(".lora_A.weight"))
+    _write(path, {PEFT_PREFIX + name.removeprefix(adapter.PREFIX): value for name, value in weights.items()})
+    config = {
+        "peft_type": "LORA", "task_type": "FEATURE_EXTRACTION", "r": rank, "target_modules": targets, "bias": "none",
+        "lora_alpha": float(state[adapter.SCALE]) * rank, "lora_dropout": 0.0, "inference_mode": True,
+    }  # fmt: skip
+    path.with_name("adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def _read(folder: Path) -> State:
+    """All that was trained, under its names in a state."""
+    state: State = load_file(folder / WEIGHTS)
+    if (folder / ADAPTER).exists():
+        config = json.loads((folder / ADAPTER).with_name("adapter_config.json").read_text(encoding="utf-8"))
+        weights = load_file(folder / ADAPTER)
+        state |= {adapter.PREFIX + name.removeprefix(PEFT_PREFIX): value for name, value in weights.items()}
+        state[adapter.SCALE] = torch.tensor(config["lora_alpha"] / config["r"])
+    if (folder / WHOLE).exists():
+        state |= load_file(folder / WHOLE)
+    return state
+
+
+def load(folder: Path, model: AssembledModel, *, spoken_otherwise: bool = False) -> State:
     """The weights, after checking that they belong to this model and are what was saved.
+
+    A training may go on from a projector that was ``spoken_otherwise``, in another chat template.
 
     Raises:
         IncompatibleParts: trained with other parts; the first difference is named.
@@ -107,9 +162,11 @@ def load(folder: Path, model: AssembledModel) -> State:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         found, found_names = dict(manifest["identity"]), dict(manifest.get("names", {}))
         digest = str(manifest["digest"])
-        state = load_file(folder / WEIGHTS)
+        state = _read(folder)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise WeightsMismatch(f"the projector in {folder.name} cannot be read ({type(error).__name__})") from error
+    if spoken_otherwise:
+        found["chat_template"] = identity(model)["chat_template"]
     if difference := _first_difference(found, found_names, model):
         raise IncompatibleParts(f"this projector was trained with {difference}; choose the profile it was trained with")
     if digest_of(state) != digest:
@@ -120,5 +177,29 @@ def load(folder: Path, model: AssembledModel) -> State:
 
 
 def put(model: LlavaForConditionalGeneration, state: State) -> None:
-    """Copy weights into the model's projector, strictly."""
-    model.model.multi_modal_projector.load_state_dict(state, strict=True)
+    """Make the model what was trained: its projector copied, strictly, an adapter put beside the language model or
+    taken away, and a whole language model put in place of the backbone's."""
+    parts = split(state)
+    model.model.multi_modal_projector.load_state_dict(parts[""], strict=True)
+    adapter.put(model.model.language_model, parts[adapter.PREFIX])
+    put_whole(model, parts[LANGUAGE_MODEL])
+
+
+def put_whole(model: LlavaForConditionalGeneration, state: State) -> None:
+    """A language model that was trained whole in place of the backbone's own, which are put back where there is none.
+
+    Raises:
+        WeightsMismatch: it is not this language model's.
+    """
+    own = _OWN.get(model)
+    if not state and own is None:
+        return
+    into = full(model)
+    if own is None:
+        own = _OWN[model] = {name: value.detach().to("cpu", copy=True) for name, value in into.items()}
+    state = state or own
+    if state.keys() != into.keys() or any(state[name].shape != value.shape for name, value in into.items()):
+        raise WeightsMismatch("the trained language model has other weights than this one; train it again")
+    with torch.no_grad():
+        for name, value in into.items():
+            value.copy_(state[name])

@@ -11,13 +11,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from llava_pipeline.contracts import ArtifactRef, AssembledModel, Snapshot, TrainedProjector, ValidatedData
+from llava_pipeline.contracts import ArtifactRef, AssembledModel, Beginning, Snapshot, TrainedProjector, ValidatedData
 from llava_pipeline.data.snapshot import Rows, open_rows
 from llava_pipeline.errors import TrainerDied
 from llava_pipeline.model import projector
@@ -36,9 +36,10 @@ Follow = Callable[[Event], None]
 
 
 def train_projector(
-    model: AssembledModel, data: ValidatedData, spec: TrainingSpec, follow: Follow = lambda event: None
-) -> TrainedProjector:
-    """Train from the assembled model's fresh projector, and keep projector and history.
+    model: AssembledModel, data: ValidatedData, spec: TrainingSpec, beginning: Beginning | None = None,
+    follow: Follow = lambda event: None,
+) -> TrainedProjector:  # fmt: skip
+    """Train from the assembled model's fresh projector, or from a recorded one, and keep what was learned and how.
 
     A training that was stopped or killed is gone on with: its folder is named after everything it depends on.
     ``follow`` is given every event of the training process.
@@ -50,7 +51,7 @@ def train_projector(
         OutOfMemory: one sample alone takes more memory than there is.
         TrainerDied: the process was killed.
     """
-    job = make_job(model, data, spec)
+    job = make_job(model, data, spec, beginning)
     training = hashlib.sha256(json.dumps(job.identity(), sort_keys=True).encode()).hexdigest()[:32]
     out = home() / "training" / training
     follow({"event": "training", "id": training})
@@ -58,7 +59,7 @@ def train_projector(
     steps = Steps(out)
     with bar("train projector", 100) as advance:
         launch(out / "job.json", out, spec.num_processes or num_cards(spec), watcher(advance, [steps, follow]))
-    trained = keep(job, data.train, out, steps.merged())
+    trained = keep(job, data.train, out, steps.merged()).model_copy(update={"began_with": beginning})
     shutil.rmtree(out, ignore_errors=True)
     return trained
 
@@ -119,14 +120,17 @@ def watcher(advance: Callable[..., None], followers: list[Follow]) -> Follow:
     return watch
 
 
-def make_job(model: AssembledModel, data: ValidatedData, spec: TrainingSpec) -> TrainingJob:
+def make_job(
+    model: AssembledModel, data: ValidatedData, spec: TrainingSpec, beginning: Beginning | None = None
+) -> TrainingJob:
     """What the training process reads: token ids and pictures as the tower wants them, both of the store."""
     processor = processor_of(model)
     train = prepare(processor, open_rows(data.train.rows), None)
     held_out = None
     if spec.held_out_samples:
         held_out = prepare(processor, open_rows(data.held_out.rows), spec.held_out_samples)
-    return TrainingJob(model=model, train=train, held_out=held_out, spec=spec)
+    begin = beginning.projector if beginning is not None else None
+    return TrainingJob(model=model, train=train, held_out=held_out, spec=spec, begin=begin)
 
 
 def prepare(processor: Processor, rows: Rows, first: int | None) -> ArtifactRef:
@@ -187,8 +191,15 @@ def keep(job: TrainingJob, data: Snapshot, out: Path, rows: list[dict[str, Any]]
         held_out_loss=held_out[-1] if held_out else None, seconds=told["seconds"], cost=told["cost"],
         device=told["device"], num_processes=told["num_processes"], precision=told["precision"],
         peak_memory_bytes=told["peak_memory_bytes"], predicted_memory_bytes=told["predicted_memory_bytes"],
+        num_learned=told["num_learned"], learned=learned_of(job.spec),
         frozen_digest_before=told["frozen_digest"], frozen_digest_after=told["frozen_digest"],
     )  # fmt: skip
+
+
+def learned_of(spec: TrainingSpec) -> Literal["projector", "lora", "full"]:
+    """What of the language model was trained besides the projector."""
+    part = spec.language_model
+    return "projector" if part.mode == "frozen" or not part.learns else part.mode
 
 
 def last_mean(rows: list[dict[str, Any]], window: int = 20) -> float:

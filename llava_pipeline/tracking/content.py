@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_pipeline import store
-from llava_pipeline.contracts import Evaluation, Interval, Likely, Score, Snapshot
+from llava_pipeline.contracts import Beginning, Evaluation, Interval, Likely, Score, Snapshot
 from llava_pipeline.errors import DamagedArtifact
 from llava_pipeline.spec import RunSpec
 from llava_pipeline.tracking.reading import CURSOR, READING, reading_id
@@ -83,6 +83,8 @@ def parameters(spec: RunSpec, evaluation: Evaluation | None = None) -> dict[str,
             "num_image_tokens": str(model.num_image_tokens),
             "backbones.vision_tower.origin": model.backbones.vision_tower.origin,
             "backbones.language_model.origin": model.backbones.language_model.origin,
+            "params.num_learned": str(model.num_trainable if trained.num_learned is None else trained.num_learned),
+            "learned": trained.learned,
             "precision": trained.precision,
             "device": trained.device,
         }
@@ -183,6 +185,7 @@ def tags_of_spec(spec: RunSpec) -> dict[str, str]:
     """Tags that are known before anything has run."""
     found = {
         "llava.profile": spec.profile,
+        "llava.stage": spec.stage,
         "llava.registered_model": spec.registered_model,
         "llava.spec_digest": spec_digest(spec),
     }
@@ -197,18 +200,30 @@ def tags_of_evaluation(evaluation: Evaluation) -> dict[str, str]:
     data = trained.data
     left = {} if data.num_left is None else {"llava.data.num_left": str(data.num_left)}
     before, after = trained.frozen_digest_before, trained.frozen_digest_after
-    return {
-        "llava.frozen_digest_before": before,
-        "llava.frozen_digest_after": after,
-        "llava.frozen_digests_equal": "true" if before == after else "false",
-        "llava.projector_digest": trained.projector.digest,
-        "llava.snapshot_digest": data.rows.digest,
-        "llava.held_out_digest": evaluation.held_out_digest,
-        "llava.evaluation_digest": evaluation_digest(evaluation),
-        "llava.data.origin": data.origin[:MAX_TAG],
-        CURSOR: data.ended.model_dump_json(),
-        READING: reading_id(trained.model, data.origin),
-    } | left
+    return (
+        {
+            "llava.frozen_digest_before": before,
+            "llava.frozen_digest_after": after,
+            "llava.frozen_digests_equal": "true" if before == after else "false",
+            "llava.projector_digest": trained.projector.digest,
+            "llava.snapshot_digest": data.rows.digest,
+            "llava.held_out_digest": evaluation.held_out_digest,
+            "llava.evaluation_digest": evaluation_digest(evaluation),
+            "llava.data.origin": data.origin[:MAX_TAG],
+            CURSOR: data.ended.model_dump_json(),
+            READING: reading_id(trained.model, data.origin),
+        }
+        | left
+        | tags_of_beginning(trained.began_with)
+    )
+
+
+def tags_of_beginning(beginning: Beginning | None) -> dict[str, str]:
+    """Lineage: which run and version a training has gone on from."""
+    if beginning is None:
+        return {}
+    version = {} if beginning.version is None else {"llava.begin.version": beginning.version}
+    return {"llava.begin.run_id": beginning.run_id, "llava.begin.model": beginning.registered_model} | version
 
 
 def tags_of_version(evaluation: Evaluation) -> dict[str, str]:
@@ -224,7 +239,8 @@ def tags_of_version(evaluation: Evaluation) -> dict[str, str]:
         "llava.projector_digest": evaluation.projector.projector.digest,
         "llava.frozen_digest": evaluation.projector.model.frozen_digest,
         "llava.evaluation_digest": evaluation_digest(evaluation),
-    }
+        "llava.learned": evaluation.projector.learned,
+    } | tags_of_beginning(evaluation.projector.began_with)
     if grounding is not None:
         gain = grounding.over_shuffled
         found["llava.grounding_gain"] = f"{gain.mean:.4f} [{gain.low:.4f}, {gain.high:.4f}]"

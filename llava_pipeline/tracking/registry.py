@@ -37,6 +37,16 @@ class Champion(Frozen):
     projector_digest: Sha256
 
 
+def version_of_run(run_id: str, settings: Settings) -> str | None:
+    """The version that a run has registered, if it has.
+
+    Raises:
+        TrackingError: MLflow cannot be reached, or refuses.
+    """
+    with refusals(f"look up the version of run {run_id}"):
+        return next(iter(_versions_of(connect(settings), run_id)), None)
+
+
 def register(client: MlflowClient, spec: RunSpec, evaluation: Evaluation, run_id: str, settings: Settings) -> str:
     """Make a run's projector a new version and the challenger; returns the version.
 

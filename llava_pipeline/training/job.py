@@ -29,6 +29,7 @@ class TrainingJob(Frozen):
     train: ArtifactRef
     held_out: ArtifactRef | None
     spec: TrainingSpec
+    begin: ArtifactRef | None = None  # what a training before this one left behind
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint depends on: only an equal one is gone on from, bit by bit."""
@@ -37,6 +38,7 @@ class TrainingJob(Frozen):
             "model": self.model.spec.model_dump(mode="json"),
             "train": self.train.digest,
             "held_out": self.held_out.digest if self.held_out else None,
+            "begin": self.begin.digest if self.begin else None,
             "spec": self.spec.model_dump(mode="json", exclude=DECIDE_NOTHING),
             "versions": {name: version(name) for name in ("torch", "transformers")},
         }

@@ -1,4 +1,5 @@
-"""A frozen Llama over packed tokens: embeddings in, hidden states out where they are wanted, gradient to the input.
+"""A frozen Llama over packed tokens: embeddings in, hidden states out where they are wanted, gradient to the input, and
+to an adapter where it has one.
 
 It computes what ``LlamaModel`` of transformers computes (``tests/training/test_step.py`` holds it to that), on the same
 parameters, which it folds in place: q, k and v in one matrix, gate and up in another.
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from llava_pipeline.model import adapter
 from llava_pipeline.spec import StepSpec
 from llava_pipeline.training import frozen
 from llava_pipeline.training.attention import Attend, KeysValues, attention, lay_out
@@ -32,6 +35,11 @@ def can_run(config: Any) -> bool:
     )
 
 
+def learns_whole(model: Any) -> bool:
+    """Whether the weights themselves are learned, which this file holds to be frozen."""
+    return bool(model.model.language_model.norm.weight.requires_grad)
+
+
 @dataclass(frozen=True, slots=True)
 class Prefix:
     """What the tokens that every sample begins with leave behind: (P, H_kv, d) keys and values of each layer, and the
@@ -44,15 +52,47 @@ class Prefix:
         return len(self.log_probs)
 
 
+class Difference:
+    """What an adapter adds to one matrix: (rank, in) and (out, rank) that are learned, in float32."""
+
+    def __init__(self, layer: Any) -> None:
+        self.first, self.second = layer.lora_A[adapter.ONE].weight, layer.lora_B[adapter.ONE].weight
+        self.scale = float(layer.scaling[adapter.ONE])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        thin = F.linear(x, self.first.to(x.dtype))
+        return F.linear(thin, (self.second * self.scale).to(x.dtype))
+
+
+class Product:
+    """One or several matrices that take the same input: frozen, folded into one, each with its difference or none."""
+
+    def __init__(self, layers: list[Any], fold: bool) -> None:
+        bases = [getattr(layer, "base_layer", layer) for layer in layers]
+        self.sizes = [len(base.weight) for base in bases]
+        self.weights = _folded(bases, fold) if len(bases) > 1 else [bases[0].weight.data]
+        self.differences = [
+            Difference(layer) if adapter.ONE in getattr(layer, "lora_A", ()) else None for layer in layers
+        ]
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(T, in) to (T, out) of each."""
+        if len(self.weights) == 1:
+            outs: tuple[Tensor, ...] = frozen.linear(x, self.weights[0]).split(self.sizes, -1)
+        else:
+            outs = tuple(frozen.linear(x, weight) for weight in self.weights)
+        return tuple(out if more is None else out + more(x) for out, more in zip(outs, self.differences, strict=True))
+
+
 class Layer:
     """The weights of one decoder layer."""
 
     def __init__(self, layer: Any, fold: bool) -> None:
         attn, mlp = layer.self_attn, layer.mlp
         self.norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        self.qkv = _folded([attn.q_proj, attn.k_proj, attn.v_proj], fold)
-        self.gate_up = _folded([mlp.gate_proj, mlp.up_proj], fold)
-        self.out, self.down = attn.o_proj.weight, mlp.down_proj.weight
+        self.qkv = Product([attn.q_proj, attn.k_proj, attn.v_proj], fold)
+        self.gate_up = Product([mlp.gate_proj, mlp.up_proj], fold)
+        self.out, self.down = Product([attn.o_proj], fold), Product([mlp.down_proj], fold)
 
 
 def _folded(layers: list[nn.Linear], fold: bool) -> list[Tensor]:
@@ -63,13 +103,6 @@ def _folded(layers: list[nn.Linear], fold: bool) -> list[Tensor]:
     for layer, part in zip(layers, whole.split([len(layer.weight) for layer in layers]), strict=True):
         layer.weight.data = part
     return [whole]
-
-
-def _products(x: Tensor, weights: list[Tensor], sizes: list[int]) -> tuple[Tensor, ...]:
-    if len(weights) == 1:
-        whole: tuple[Tensor, ...] = frozen.linear(x, weights[0]).split(sizes, -1)
-        return whole
-    return tuple(frozen.linear(x, weight) for weight in weights)
 
 
 class FrozenLlama:
@@ -89,6 +122,7 @@ class FrozenLlama:
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.kernels = frozen.compiled() if spec.compile else frozen.EAGER
         self.layers = [Layer(layer, spec.fold) for layer in language_model.layers]
+        self.learns = any(parameter.requires_grad for parameter in language_model.parameters())
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """(T,) token ids to float32 (T, D)."""
@@ -101,11 +135,15 @@ class FrozenLlama:
         """
         cos, sin = self.angles(x, positions)
         for number, layer in enumerate(self.layers):
-            q, k, v = self.heads(layer, x, cos, sin)
-            seen = attend(q, k, v, prefix.layers[number] if prefix else None).flatten(1)
-            if self.spec.select and layer is self.layers[-1]:
-                seen, x = seen[rows], x[rows]
-            x = self.rest(layer, x, seen)
+
+            def through(x: Tensor, layer: Layer = layer, number: int = number) -> Tensor:
+                q, k, v = self.heads(layer, x, cos, sin)
+                seen = attend(q, k, v, prefix.layers[number] if prefix else None).flatten(1)
+                if self.spec.select and layer is self.layers[-1]:
+                    seen, x = seen[rows], x[rows]
+                return self.rest(layer, x, seen)
+
+            x = checkpoint(through, x, use_reentrant=False) if self.spec.recompute else through(x)
         if not self.spec.select:
             x = x[rows]
         return self.norm(x, self.final_norm)
@@ -132,8 +170,7 @@ class FrozenLlama:
 
     def heads(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (T, H, d), rotated keys and values (T, H_kv, d)."""
-        sizes = [count * self.head_dim for count in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
-        q, k, v = _products(self.norm(x, layer.norms[0]), layer.qkv, sizes)
+        q, k, v = layer.qkv(self.norm(x, layer.norms[0]))
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
         if not self.spec.lean:
             return frozen.EAGER.turn(q, cos, sin), frozen.EAGER.turn(k, cos, sin), v
@@ -141,10 +178,10 @@ class FrozenLlama:
 
     def rest(self, layer: Layer, x: Tensor, seen: Tensor) -> Tensor:
         """The residual stream after the attention's output projection and the feed-forward."""
-        x = x + frozen.linear(seen, layer.out)
-        gate, up = _products(self.norm(x, layer.norms[1]), layer.gate_up, [len(layer.down[0])] * 2)
+        x = x + layer.out(seen)[0]
+        gate, up = layer.gate_up(self.norm(x, layer.norms[1]))
         inner = frozen.swiglu(gate, up, self.kernels) if self.spec.lean else frozen.EAGER.gate(gate, up)
-        return x + frozen.linear(inner, layer.down)
+        return x + layer.down(inner)[0]
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """Root-mean-square norm of float32, in the model's precision."""

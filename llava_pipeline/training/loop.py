@@ -7,13 +7,14 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
 
 from llava_pipeline.errors import Diverged, OutOfMemory, SpecError
+from llava_pipeline.model.freeze import is_of_language_model
 from llava_pipeline.spec import TrainingSpec
 from llava_pipeline.training.budget import Used, end_of_next, learning_rate, next_samples, share
 from llava_pipeline.training.features import StepFeatures
@@ -78,20 +79,28 @@ class Place:
 
 @dataclass(frozen=True)
 class Learner:
-    """What changes while it learns: the projector's parameters, their optimizer, the scale of the loss."""
+    """What changes while it learns: the parameters that do, their optimizer, the scale of the loss."""
 
-    projector: list[Tensor]
+    parameters: list[Tensor]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
 
 
-def make_learner(projector: list[Tensor], spec: TrainingSpec, dtype: torch.dtype) -> Learner:
-    """AdamW on the projector; the loss is scaled where frozen parts run in float16."""
-    device = projector[0].device
-    optimizer = torch.optim.AdamW(projector, lr=spec.learning_rate, betas=spec.betas, weight_decay=spec.weight_decay)
+def make_learner(learned: Mapping[str, Tensor], spec: TrainingSpec, dtype: torch.dtype) -> Learner:
+    """AdamW on what is learned, by its name, each part at its own rate; the loss is scaled where frozen parts run in
+    float16."""
+    parameters = list(learned.values())
+    device = parameters[0].device
+    of_language = [is_of_language_model(name) for name in learned]
+    groups = []
+    for part, which in ((spec.projector, False), (spec.language_model, True)):
+        mine = [value for value, other in zip(parameters, of_language, strict=True) if other == which]
+        if mine:
+            groups.append({"params": mine, "share": spec.learning_rate_of(part) / spec.learning_rate})
+    optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, betas=spec.betas, weight_decay=spec.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     scaler.scale(torch.zeros((), device=device))  # it makes its scale when it is first used, and we only ask for it
-    return Learner(projector, optimizer, scaler)
+    return Learner(parameters, optimizer, scaler)
 
 
 @dataclass(frozen=True)
@@ -119,13 +128,13 @@ def train(
         started = clock()
         rate = learning_rate(spec, end_of_next(spec, place.used, place.step_seconds))
         for group in learner.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
         indices = upcoming(task, spec, place.used.samples)
         load(task, world, indices, upcoming(task, spec, place.used.samples + len(indices)))
         loaded = clock()
         num_supervised = task.step.samples.num_supervised(indices)
         total = accumulate(task.step, learner, world.part(indices), num_supervised, place)
-        world.add_gradients(learner.projector)
+        world.add_gradients(learner.parameters)
         # Every process must come to the same ends, so one clock counts and any process's wish to stop.
         own = [total, clock() - began if world.rank == 0 else 0.0, float(stopped())]
         total, seconds, stop = world.add(own)
@@ -233,7 +242,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def apply(learner: Learner, total: float, spec: TrainingSpec, place: Place) -> tuple[float, bool]:
     """One step of the optimizer, if loss and gradient are numbers: the gradient's norm, and whether it was skipped."""
     learner.scaler.unscale_(learner.optimizer)
-    norm = float(torch.nn.utils.clip_grad_norm_(learner.projector, spec.max_grad_norm))
+    norm = float(torch.nn.utils.clip_grad_norm_(learner.parameters, spec.max_grad_norm))
     skipped = not (math.isfinite(total) and math.isfinite(norm))
     # A loss scale that was too large is halved after the step: no fault of the training until none is left.
     bad = skipped and (not math.isfinite(total) or learner.scaler.get_scale() <= 1)

@@ -28,11 +28,12 @@ import torch
 from torch import Tensor
 
 from llava_pipeline.errors import FrozenWeightsChanged, Interrupted, NothingToLearn, OtherTraining, SpecError
+from llava_pipeline.model import adapter, projector
 from llava_pipeline.model.assemble import Llava, load
-from llava_pipeline.model.freeze import count_parameters, frozen_digest
+from llava_pipeline.model.freeze import count_parameters, frozen_digest, learned, let_learn
 from llava_pipeline.model.memory import tokens_per_pass, training_bytes
 from llava_pipeline.model.speed import measured_flops
-from llava_pipeline.store import home, tell_disk_full
+from llava_pipeline.store import home, open_artifact, tell_disk_full
 from llava_pipeline.training import checkpoint, features
 from llava_pipeline.training.budget import Used, share
 from llava_pipeline.training.device import (
@@ -141,10 +142,10 @@ class Training:
         torch.manual_seed(self.spec.seed)  # nothing draws a number today; who does so tomorrow goes on with the same
         self.dtype = choose_precision(self.spec.precision, world.device)
         self.llava = load_frozen(job, world.device, self.dtype)
+        self.learned = learned(self.llava.model, job.spec)
         self.before = frozen_digest(self.llava.model)
         self.task = self.make_task()
-        projector = list(self.llava.model.model.multi_modal_projector.parameters())
-        self.learner = make_learner(projector, self.spec, self.dtype)
+        self.learner = make_learner(self.learned, self.spec, self.dtype)
         fitting = tokens_per_pass(self.llava.model.config.text_config, self.dtype.itemsize, world.device)
         self.place = Place(tokens_per_pass=self.spec.tokens_per_pass or fitting)
         self.peak_flops = 0.0
@@ -241,13 +242,12 @@ class Training:
             return 0
         tensors, state = found
         refuse_another(state["identity"], self.job.identity(), allow_change, self.out)
-        parameters = dict(zip(self.names(), self.learner.projector, strict=True))
         with torch.no_grad():
-            for name, parameter in parameters.items():
+            for name, parameter in self.learned.items():
                 parameter.copy_(tensors[name])
         moments = {
             number: {key: tensors[f"{name}.{key}"] for key in MOMENTS if f"{name}.{key}" in tensors}
-            for number, name in enumerate(parameters)
+            for number, name in enumerate(self.learned)
         }
         empty = self.learner.optimizer.state_dict()
         self.learner.optimizer.load_state_dict({**empty, "state": {n: m for n, m in moments.items() if m}})
@@ -265,7 +265,7 @@ class Training:
             return
         os.fsync(history.fileno())
         tensors: dict[str, Tensor] = {"generator": torch.get_rng_state()}
-        for name, parameter in zip(self.names(), self.learner.projector, strict=True):
+        for name, parameter in self.learned.items():
             tensors[name] = parameter.detach().cpu()
             moments = self.learner.optimizer.state.get(parameter, {})
             tensors |= {f"{name}.{key}": moments[key].detach().cpu() for key in MOMENTS if key in moments}
@@ -274,10 +274,6 @@ class Training:
             "history_bytes": history.tell(),
         }  # fmt: skip
         checkpoint.write(self.out / "checkpoints", self.place.used.steps, tensors, state)
-
-    def names(self) -> list[str]:
-        """Of the projector's parameters."""
-        return [name for name, _ in self.llava.model.model.multi_modal_projector.named_parameters()]
 
     def finish(self) -> None:
         """Prove that what was frozen is unchanged, and put the result in place.
@@ -299,11 +295,12 @@ class Training:
             "precision": str(self.dtype).removeprefix("torch."), "peak_memory_bytes": measured,
             "predicted_memory_bytes": predicted, "peak_flops": self.peak_flops, "frozen_digest": self.before,
             "cost": self.place.used.seconds / 3600 * self.spec.price_per_hour,
+            "num_learned": sum(parameter.numel() for parameter in self.learned.values()),
         }  # fmt: skip
-        weights = {
-            name: parameter.detach().float().cpu()
-            for name, parameter in zip(self.names(), self.learner.projector, strict=True)
-        }
+        weights = projector.state_of(self.llava.model)
+        weights |= {name: parameter.detach().float().cpu() for name, parameter in self.learned.items()}
+        if self.spec.language_model.mode == "lora":
+            weights[adapter.SCALE] = adapter.scale(self.llava.model.model.language_model)
         checkpoint.write(self.out / "result", self.place.used.steps, weights, state)
 
     def predicted_memory(self) -> int:
@@ -320,12 +317,17 @@ class Training:
 
 
 def load_frozen(job: TrainingJob, device: torch.device, dtype: torch.dtype) -> Llava:
-    """The model where it is to run, its weights in the precision of products or, without loss, in the half of it."""
+    """The model where it is to run, its weights in the precision of products or, without loss, in the half of it; what
+    learns has a gradient, and what was learned before is in its place."""
     llava = load(job.model)
     place(llava.model, device, dtype)
-    parts = llava.model.model.language_model, llava.model.lm_head
+    language_model = llava.model.model.language_model
     if dtype == torch.float32 and job.spec.step.halve and can_run(llava.model.config.text_config):
-        halve(*parts)
+        halve(language_model, llava.model.lm_head)
+    if job.begin is not None:
+        begin = open_artifact(job.begin)
+        projector.put(llava.model, projector.load(begin, job.model, spoken_otherwise=True))
+    let_learn(llava.model, job.spec)
     return llava
 
 

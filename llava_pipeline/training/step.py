@@ -17,7 +17,7 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_pipeline.spec import StepSpec
 from llava_pipeline.training.attention import attention, lay_out
-from llava_pipeline.training.llama import FrozenLlama, can_run
+from llava_pipeline.training.llama import FrozenLlama, can_run, learns_whole
 from llava_pipeline.training.pack import Pack, make_pack, passes
 from llava_pipeline.training.plain import collate, loss_sum
 from llava_pipeline.training.samples import Samples, shared_prefix
@@ -60,7 +60,8 @@ class PackedStep:
         self.llama = llama or FrozenLlama(model.model.language_model, model.lm_head.weight, dtype, spec)
         self.device = self.projector.linear_1.weight.device
         prefix = shared_prefix(samples, self.image_token)
-        worth = spec.share_prefix and len(prefix) >= FEWEST_PREFIX_TOKENS
+        # Once a run: a language model that learns reads it otherwise after every step.
+        worth = spec.share_prefix and len(prefix) >= FEWEST_PREFIX_TOKENS and not self.llama.learns
         self.prefix = self.llama.prefix(prefix.to(self.device)) if worth else None
         self.num_prefix = len(self.prefix) if self.prefix else 0
 
@@ -116,7 +117,7 @@ def make_step(
     like: Step | None = None,
 ) -> Step:  # fmt: skip
     """The step for a model; with ``like``, one of the same model for other samples, which shares its weights."""
-    if can_run(model.config.text_config):
+    if can_run(model.config.text_config) and not learns_whole(model):
         llama = like.llama if isinstance(like, PackedStep) else None
         return PackedStep(model, samples, features, dtype, spec, llama)
     return PlainStep(model, samples, features)

@@ -92,7 +92,7 @@ def test_a_changed_frozen_weight_is_told_and_nothing_kept(
 def test_every_step_is_followed_and_kept_with_its_pace(assembled: AssembledModel, data: ValidatedData) -> None:
     spec = TrainingSpec(max_steps=3, samples_per_step=2, device="cpu", held_out_every=2, held_out_samples=4)
     events: list[dict[str, Any]] = []
-    trained = train_stage.train_projector(assembled, data, spec, events.append)
+    trained = train_stage.train_projector(assembled, data, spec, None, events.append)
     steps = [event for event in events if event["event"] == "step"]
     rows = list(train_stage.read_lines(store.open_artifact(trained.history) / "history.jsonl"))
     assert [row["step"] for row in rows] == [event["step"] for event in steps] == [1, 2, 3]

@@ -76,7 +76,7 @@ def run(spec: TrainingSpec, durations: list[float], place: Place | None = None) 
     """A training whose steps take so many seconds."""
     clock = Clock()
     step, place = Timed(durations, clock), place or Place()
-    learner = make_learner([step.number], spec, torch.float32)
+    learner = make_learner({"number": step.number}, spec, torch.float32)
     training = train(Task(step, NoFeatures()), learner, spec, World(0, 1, CPU), place, clock)
     return [record for record, _ in training], place
 

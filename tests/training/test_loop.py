@@ -101,7 +101,7 @@ class Training:
         if self.held_out is not None:
             other = make_step(self.model, self.held_out, self.given, self.dtype, self.spec.step, like=step)
         self.task = Task(self.wrap(step), self.given, other)
-        projector = list(self.model.model.multi_modal_projector.parameters())
+        projector = dict(self.model.model.multi_modal_projector.named_parameters())
         self.learner: Learner = make_learner(projector, self.spec, self.dtype)
 
     def run(self) -> Training:
@@ -348,7 +348,7 @@ def test_the_gradient_of_a_step_is_that_of_one_pass(lively: Llava) -> None:
         step, learner = training.task.step, training.learner
         count = step.samples.num_supervised(range(5))
         total = accumulate(step, learner, list(range(5)), count, Place(tokens_per_pass=tokens))
-        found = torch.cat([p.grad.flatten() for p in learner.projector if p.grad is not None])
+        found = torch.cat([p.grad.flatten() for p in learner.parameters if p.grad is not None])
         return torch.cat([found, torch.tensor([total])])
 
     whole = gradient(MANY)
@@ -362,7 +362,7 @@ def test_loss_and_gradient_of_a_record_are_those_of_the_mean(lively: Llava, toke
     training = Training(lively, a_spec())
     mean = training.task.step.loss(record.samples) / record.num_supervised_tokens
     mean.backward()
-    norm = torch.stack([p.grad.norm() for p in training.learner.projector if p.grad is not None]).norm()
+    norm = torch.stack([p.grad.norm() for p in training.learner.parameters if p.grad is not None]).norm()
     assert record.loss == pytest.approx(mean.item(), rel=1e-5)
     assert record.grad_norm == pytest.approx(norm.item(), rel=1e-4)
 
@@ -492,7 +492,7 @@ def test_a_skipped_step_changes_nothing(llava: Llava) -> None:
         training.records.append(record)
         digests.append(training.digest)
         state = training.learner.optimizer.state
-        moments.append({k: v.clone() for p in training.learner.projector[:1] for k, v in state.get(p, {}).items()})
+        moments.append({k: v.clone() for p in training.learner.parameters[:1] for k, v in state.get(p, {}).items()})
     assert [one == other for one, other in pairwise(digests)] == training.skipped
     assert 0 < sum(training.skipped) < 8
     for skipped, (before, after) in zip(training.skipped[1:], pairwise(moments), strict=True):

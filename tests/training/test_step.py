@@ -360,10 +360,11 @@ def test_folding_holds_no_weight_twice() -> None:
     made = case.packed()
     for layer, parts in zip(made.llama.layers, case.model.model.language_model.layers, strict=True):
         attn, mlp = parts.self_attn, parts.mlp
-        for (whole,), modules in (
+        for product, modules in (
             (layer.qkv, (attn.q_proj, attn.k_proj, attn.v_proj)),
             (layer.gate_up, (mlp.gate_proj, mlp.up_proj)),
         ):
+            (whole,) = product.weights
             assert torch.equal(whole, torch.cat([module.weight for module in modules]))
             storages = {module.weight.untyped_storage().data_ptr() for module in modules}
             assert storages == {whole.untyped_storage().data_ptr()}
