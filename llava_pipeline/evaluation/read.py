@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
-from llava_pipeline.evaluation.questions import Advance, Question
+from llava_pipeline.evaluation.questions import Advance, Question, answer_ids
 from llava_pipeline.model.assemble import Llava
 from llava_pipeline.training.plain import embed
 
@@ -54,10 +54,18 @@ class Limits:
 KeysValues = list[tuple[Tensor, Tensor]]  # of every layer (B, heads, T, d)
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A prefix that was read with each of some pictures: keys and values, and the last token's hidden state (B, D)."""
+
+    kept: KeysValues
+    hidden: Tensor | None  # None for a prefix of no token
+
+
 def stop_ids(llava: Llava) -> frozenset[int]:
     """Tokens that end an answer."""
     tokenizer = llava.processor.tokenizer
-    ends = {tokenizer.eos_token_id}
+    ends = {tokenizer.eos_token_id, answer_ids(llava.processor, "word")[-1]}  # the template may write another
     chatml_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     if chatml_end is not None and chatml_end != tokenizer.unk_token_id:
         ends.add(chatml_end)
@@ -100,24 +108,24 @@ def _groups(jobs: Sequence[Job], batch_size: int) -> Iterator[tuple[tuple[int, .
             yield prefix, some, sorted(numbers, key=lambda k: (len(jobs[k].question.suffix), k))
 
 
-def _read_prefix(model: LlavaForConditionalGeneration, prefix: tuple[int, ...], features: Tensor | None) -> KeysValues:
-    """Keys and values of a prefix with each of some pictures, or once without its image tokens; empty for no token."""
+def _read_prefix(model: LlavaForConditionalGeneration, prefix: tuple[int, ...], features: Tensor | None) -> Begun:
+    """A prefix with each of some pictures, or once without its image tokens."""
     image = model.config.image_token_index
     ids = [token for token in prefix if features is not None or token != image]
     if not ids:
-        return []
+        return Begun([], None)
     count = 1 if features is None else len(features)
     tokens = torch.tensor([ids], device=model.device).expand(count, -1)
     embeddings = (
         model.get_input_embeddings()(tokens) if features is None else embed(model, tokens, features.to(model.device))
     )
     cache = DynamicCache(config=model.config.text_config)
-    model.model.language_model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
-    return _kept(cache)
+    done = model.model.language_model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
+    return Begun(_kept(cache), done.last_hidden_state[:, -1])
 
 
 def _read_batch(
-    model: LlavaForConditionalGeneration, known: KeysValues, slots: Tensor, jobs: list[Job],
+    model: LlavaForConditionalGeneration, known: Begun, slots: Tensor, jobs: list[Job],
     limits: Limits,
 ) -> list[Told]:  # fmt: skip
     """What comes of some jobs, given the keys and values of their pictures."""
@@ -166,19 +174,21 @@ class _Seen:
 
     @classmethod
     def after(
-        cls, model: LlavaForConditionalGeneration, known: KeysValues, slots: Tensor, suffixes: list[tuple[int, ...]]
+        cls, model: LlavaForConditionalGeneration, known: Begun, slots: Tensor, suffixes: list[tuple[int, ...]]
     ) -> _Seen:
-        """Read suffixes behind the prefixes of their pictures, padded on the left."""
+        """Read suffixes behind the prefixes of their pictures, padded on the left; they may all be empty."""
         width = max(map(len, suffixes))
         ids = torch.full((len(suffixes), width), int(model.config.pad_token_id))
         real = torch.zeros((len(suffixes), width), dtype=torch.long)
         for row, suffix in enumerate(suffixes):
             ids[row, width - len(suffix) :] = torch.tensor(suffix)
             real[row, width - len(suffix) :] = 1
-        prefix = known[0][0].shape[2] if known else 0
+        prefix = known.kept[0][0].shape[2] if known.kept else 0
         before = torch.ones((len(suffixes), prefix), dtype=torch.long)
         mask = torch.cat([before, real], 1).to(model.device)
-        kept = [(keys[slots], values[slots]) for keys, values in known]
+        kept = [(keys[slots], values[slots]) for keys, values in known.kept]
+        if width == 0 and known.hidden is not None:
+            return cls(model, kept, mask, known.hidden[slots])
         cache = _cache(model, kept)
         embeddings = model.get_input_embeddings()(ids.to(model.device))
         hidden = _forward(model, embeddings, mask, cache)

@@ -26,6 +26,7 @@ from llava_pipeline.evaluation.questions import (
 from llava_pipeline.evaluation.read import Job, Limits, Told, read, stop_ids
 from llava_pipeline.model.assemble import Llava
 from llava_pipeline.model.processor import IGNORE_INDEX, Processor
+from llava_pipeline.model.template import PLAIN
 from llava_pipeline.training.features import tower_features
 from tests.tiny import CONVERSATIONS, NUM_PICTURES, encoded, pictures, talk
 
@@ -195,6 +196,34 @@ def test_an_answer_stops_at_the_end_of_text_and_of_a_turn(llava: Llava) -> None:
     tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
     chatml = Processor(tokenizer, own.template, own.images, own.num_image_tokens)
     assert stop_ids(replace(llava, processor=chatml)) == {end, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+
+
+def test_a_caption_in_the_plain_template_ends_with_its_line(llava: Llava) -> None:
+    own = llava.processor
+    plain = replace(llava, processor=Processor(own.tokenizer, PLAIN, own.images, own.num_image_tokens))
+    line_break = own.tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+    assert stop_ids(plain) == {own.tokenizer.eos_token_id, line_break}
+
+
+def test_a_prompt_that_ends_with_its_picture_is_answered_as_by_generate(lively: Llava) -> None:
+    own = lively.processor
+    plain = replace(lively, processor=Processor(own.tokenizer, PLAIN, own.images, own.num_image_tokens))
+    prompt = plain.processor.prompt("What is left out")
+    assert prompt[-1] == own.image_token_id
+    question = question_of(plain, prompt)
+    assert question.suffix == ()
+    jobs = [Job(question, picture, True) for picture in (*range(NUM_PICTURES), None)]
+    found = [list(told.answer or ()) for told in told_of(plain, jobs, set())]
+    with torch.no_grad():
+        alike = [
+            lively.model.generate(
+                input_ids=torch.tensor([prompt]), pixel_values=picture[None], do_sample=False, eos_token_id=None,
+                max_new_tokens=MAX_NEW_TOKENS,
+            )[0, len(prompt) :].tolist()
+            for picture in pictures(lively)
+        ]  # fmt: skip
+    assert found[:-1] == alike
+    assert len(found[-1]) == MAX_NEW_TOKENS
 
 
 # --------------------------------------------------------------------------------------------- losses
