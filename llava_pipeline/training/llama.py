@@ -2,7 +2,8 @@
 to an adapter where it has one.
 
 It computes what ``LlamaModel`` of transformers computes (``tests/training/test_step.py`` holds it to that), on the same
-parameters, which it folds in place: q, k and v in one matrix, gate and up in another.
+parameters, which it folds in place: q, k and v in one matrix, gate and up in another. Mistral, Qwen2 and Qwen3 are
+Llamas here: what they add are biases, and norms of queries and keys.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from llava_pipeline.training import frozen
 from llava_pipeline.training.attention import Attend, KeysValues, attention, lay_out
 
 WORTH_HALVING_BYTES = 500_000_000
+KINDS = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")  # whose angles depend on a token's position alone
 
 
 def can_run(config: Any) -> bool:
     """Whether a language model of this configuration is one that this file knows how to compute."""
     return bool(
-        config.model_type == "llama"
+        config.model_type in KINDS
         and config.hidden_act == "silu"
-        and not config.attention_bias
-        and not config.mlp_bias
+        and getattr(config, "sliding_window", None) is None
         and config.rope_parameters["rope_type"] in ROPE_TYPES
     )
 
@@ -71,6 +72,7 @@ class Product:
         bases = [getattr(layer, "base_layer", layer) for layer in layers]
         self.sizes = [len(base.weight) for base in bases]
         self.weights = _folded(bases, fold) if len(bases) > 1 else [bases[0].weight.data]
+        self.biases = [base.bias for base in bases]
         self.differences = [
             Difference(layer) if adapter.ONE in getattr(layer, "lora_A", ()) else None for layer in layers
         ]
@@ -81,6 +83,7 @@ class Product:
             outs: tuple[Tensor, ...] = frozen.linear(x, self.weights[0]).split(self.sizes, -1)
         else:
             outs = tuple(frozen.linear(x, weight) for weight in self.weights)
+        outs = tuple(out if b is None else out + b.to(out.dtype) for out, b in zip(outs, self.biases, strict=True))
         return tuple(out if more is None else out + more(x) for out, more in zip(outs, self.differences, strict=True))
 
 
@@ -90,6 +93,7 @@ class Layer:
     def __init__(self, layer: Any, fold: bool) -> None:
         attn, mlp = layer.self_attn, layer.mlp
         self.norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+        self.head_norms = [getattr(attn, name).weight if hasattr(attn, name) else None for name in ("q_norm", "k_norm")]
         self.qkv = Product([attn.q_proj, attn.k_proj, attn.v_proj], fold)
         self.gate_up = Product([mlp.gate_proj, mlp.up_proj], fold)
         self.out, self.down = Product([attn.o_proj], fold), Product([mlp.down_proj], fold)
@@ -172,6 +176,10 @@ class FrozenLlama:
         """Rotated queries (T, H, d), rotated keys and values (T, H_kv, d)."""
         q, k, v = layer.qkv(self.norm(x, layer.norms[0]))
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
+        q, k = (
+            part if weight is None else self.norm(part.float(), weight)
+            for part, weight in zip((q, k), layer.head_norms, strict=True)
+        )  # fmt: skip
         if not self.spec.lean:
             return frozen.EAGER.turn(q, cos, sin), frozen.EAGER.turn(k, cos, sin), v
         return frozen.rotate(q, cos, sin, self.kernels), frozen.rotate(k, cos, sin, self.kernels), v

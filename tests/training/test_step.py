@@ -13,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers import GPT2Config as Gpt2Config
 
 from llava_pipeline.model.assemble import Llava
@@ -243,8 +251,10 @@ def test_a_step_is_the_same_in_any_number_of_passes(most: int, spec: StepSpec) -
             }
         },
         {"rms_norm_eps": 0.1},
+        {"attention_bias": True},
+        {"mlp_bias": True},
     ],
-    ids=["grouped", "one-key-head", "tied", "linear", "llama3", "yarn", "eps"],
+    ids=["grouped", "one-key-head", "tied", "linear", "llama3", "yarn", "eps", "attention-bias", "mlp-bias"],
 )  # fmt: skip
 def test_llamas_of_other_shapes_are_the_same(changes: dict[str, Any]) -> None:
     case = case_with(llama_config(**changes))
@@ -258,8 +268,6 @@ def test_llamas_of_other_shapes_are_the_same(changes: dict[str, Any]) -> None:
     "changes",
     [
         {"hidden_act": "gelu"},
-        {"attention_bias": True},
-        {"mlp_bias": True},
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}},
         {
             "rope_parameters": {
@@ -268,7 +276,7 @@ def test_llamas_of_other_shapes_are_the_same(changes: dict[str, Any]) -> None:
             }
         },
     ],
-    ids=["gelu", "attention-bias", "mlp-bias", "dynamic", "longrope"],
+    ids=["gelu", "dynamic", "longrope"],
 )  # fmt: skip
 def test_a_llama_that_is_not_known_is_run_as_transformers_does(changes: dict[str, Any]) -> None:
     case = case_with(llama_config(**changes))
@@ -278,12 +286,33 @@ def test_a_llama_that_is_not_known_is_run_as_transformers_does(changes: dict[str
     assert_same(ours(case, made, ALL), expected)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False, "pad_token_id": 0,
+}  # fmt: skip
+RELATIVES = {
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen2-tied": lambda: Qwen2Config(**SIZES | {"tie_word_embeddings": True}),
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16),
+    "mistral": lambda: MistralConfig(**SIZES, head_dim=8, sliding_window=None),
+}
+
+
+@pytest.mark.parametrize("seed_labels", [False, True], ids=["answers", "all"])
+@pytest.mark.parametrize("kind", RELATIVES)
+def test_relatives_of_llama_are_the_same(kind: str, seed_labels: bool) -> None:
+    case = case_with(RELATIVES[kind](), seed_labels)
+    attention = case.model.model.language_model.layers[0].self_attn
+    assert (attention.q_proj.bias is not None and bool(attention.q_proj.bias.any())) == kind.startswith("qwen2")
+    assert hasattr(attention, "q_norm") == (kind == "qwen3")
+    assert can_run(case.model.config.text_config)
+    assert_plain(case, StepSpec())
+    assert_plain(case_with(RELATIVES[kind](), seed_labels), OFF)
+
+
+@pytest.mark.parametrize("kind", ["sliding", "gpt2"])
 def test_so_is_a_model_that_is_no_llama(kind: str) -> None:
-    config: Any = Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False, pad_token_id=0,
-    )  # fmt: skip
+    config: Any = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1)
     if kind == "gpt2":
         config = Gpt2Config(
             vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, pad_token_id=0, bos_token_id=1,
