@@ -50,6 +50,7 @@ def _inject(language_model: nn.Module, name: str, rank: int, alpha: float, targe
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)  # type: ignore[arg-type]
     try:
         inject_adapter_in_model(config, language_model, name)
+        del language_model.peft_config  # what peft notes of itself: with it there it warns of a second adapter
     except ValueError as error:  # peft's only sign that no module has such a name
         raise IncompatibleParts(
             f"the language model has no matrix named {' or '.join(targets)}; set training.lora.targets to names it has"
@@ -102,9 +103,17 @@ def put(language_model: nn.Module, state: State, name: str = ONE) -> None:
             f"the adapter is for {unknown[0]}, which the language model does not have; train it again"
         )
     _inject(language_model, name, rank, float(state[SCALE]) * rank, targets)
+    try:
+        _fill(language_model, state, name, targets)
+    except WeightsMismatch:
+        remove(language_model, name)
+        raise
+
+
+def _fill(language_model: nn.Module, state: State, name: str, targets: Sequence[str]) -> None:
     with torch.no_grad():
         for target in targets:
-            layer = language_model.get_submodule(target)
+            layer: Any = language_model.get_submodule(target)
             for half in ("lora_A", "lora_B"):
                 weight, value = getattr(layer, half)[name], state.get(f"{PREFIX}{target}.{half}.weight")
                 if value is None or value.shape != weight.weight.shape:
@@ -133,7 +142,6 @@ def remove(language_model: nn.Module, name: str = ONE) -> None:
         for path, layer in found.items():
             parent, _, leaf = path.rpartition(".")
             setattr(language_model.get_submodule(parent), leaf, layer.get_base_layer())
-        del language_model.peft_config
 
 
 def merge(language_model: nn.Module) -> None:

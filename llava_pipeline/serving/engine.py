@@ -2,16 +2,21 @@
 
 Nothing is computed twice that need not be: a picture's features are kept by its pixels, and the keys and values of a
 conversation up to its last picture by those pixels, the words before them and the projector. Projectors are many, the
-frozen parts one: each row carries the projector it was asked of, from beginning to end.
+frozen parts one: each row carries the projector it was asked of, from beginning to end, with the adapter that it was
+trained with, if it was.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
@@ -19,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_pipeline.evaluation.read import stop_ids
+from llava_pipeline.model import adapter
 from llava_pipeline.model.assemble import Llava
 from llava_pipeline.model.tower import tower_features
 from llava_pipeline.serving.pictures import Picture
@@ -33,6 +39,7 @@ Ended = Literal["stop", "length"]
 Failure = Literal["late", "closed", "failed"]
 
 
+_NUMBERS = itertools.count(1)  # of adapters: one that goes and one that comes may have the same weights
 _Key = tuple[str, tuple[int, ...], tuple[str, ...]]  # of a projector, of words and image tokens, of pictures
 
 
@@ -54,10 +61,12 @@ class Failed:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A projector that answers. ``digest`` names its weights."""
+    """A projector that answers. ``digest`` names its weights and those of its adapter, which lies beside the language
+    model's own under the name ``adapter``; None where it has none."""
 
     digest: str
     projector: nn.Module
+    adapter: str | None = None
 
 
 @dataclass(eq=False)
@@ -125,6 +134,8 @@ class Engine:
         self.answers: list[_Answer] = []
         self.rows: Rows | None = None
         self.changed = threading.Condition()
+        self.work: deque[tuple[Callable[[], None], Future[None]]] = deque()  # to be done between two tokens
+        self.num_adapters = 0
         self.owed: set[Ask] = set()  # taken, and not told an end yet; whoever tells one holds ``changed``
         self.closing = False
         self.num_failures = 0  # readings and steps in a row that failed: with a card that is lost every one does
@@ -149,6 +160,57 @@ class Engine:
             self.waiting.append(ask)
             self.owed.add(ask)
             self.changed.notify()
+
+    def load_adapter(self, state: adapter.State) -> str:
+        """Put an adapter beside the language model, between two tokens; its name.
+
+        Raises:
+            WeightsMismatch: it does not fit.
+            Closed: the engine takes no more.
+        """
+        name = f"adapter{next(_NUMBERS)}"
+
+        def put() -> None:
+            adapter.put(self.llava.model.model.language_model, state, name)
+            self.num_adapters += 1
+
+        self._do(put).result()
+        return name
+
+    def drop_adapter(self, name: str) -> None:
+        """Take an adapter away, that nobody asks any more, between two tokens of some time soon."""
+
+        def remove() -> None:
+            adapter.remove(self.llava.model.model.language_model, name)
+            self.num_adapters -= 1
+
+        with contextlib.suppress(Closed):
+            self._do(remove)
+
+    def _do(self, what: Callable[[], None]) -> Future[None]:
+        done: Future[None] = Future()
+        with self.changed:
+            if self.closing:
+                raise Closed
+            self.work.append((what, done))
+            self.changed.notify()
+        return done
+
+    def _do_work(self) -> None:
+        while self.work:
+            what, done = self.work.popleft()
+            try:
+                what()
+            except Exception as error:  # whoever asked for it is told
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+    def _asked(self, asks: Sequence[Ask]) -> AbstractContextManager[None]:
+        """Within, each row is read with the adapter of the projector it asks."""
+        if self.num_adapters == 0:
+            return nullcontext()
+        return adapter.asked(self.llava.model.model.language_model, [ask.loaded.adapter for ask in asks])
 
     @property
     def num_waiting(self) -> int:
@@ -194,7 +256,7 @@ class Engine:
     def _work(self) -> None:
         while True:
             with self.changed:
-                while not self.waiting and not self.answers:
+                while not self.waiting and not self.answers and not self.work:
                     if self.closing:
                         return
                     self.beat = time.monotonic()
@@ -203,6 +265,7 @@ class Engine:
                 room = self.max_rows - len(self.answers)
                 new = [self.waiting.popleft() for _ in range(min(room, len(self.waiting)))]
             self.beat = time.monotonic()
+            self._do_work()
             try:
                 self._keep([k for k, answer in enumerate(self.answers) if self._is_wanted(answer.ask)])
                 if new:
@@ -295,14 +358,16 @@ class Engine:
                     self.prefixes.put(keys[n], prefix)
         if rest:
             begun = [found[keys[n]] or Prefix([]) for n in rest]
-            parts.append(read_suffixes(self.llava.model, begun, [cuts[n][1] for n in rest]))
+            with self._asked([asks[n] for n in rest]):
+                parts.append(read_suffixes(self.llava.model, begun, [cuts[n][1] for n in rest]))
         order = [asks[n] for n in whole + rest]
         return order, parts[0] if len(parts) == 1 else parts[0].join(parts[1])
 
     def _read_whole(self, asks: list[Ask], lengths: list[int]) -> tuple[Rows, list[Prefix]]:
         seen = self._look(asks)
         projected = [self._projected(ask, seen) for ask in asks]
-        return read_prompts(self.llava.model, [ask.prompt for ask in asks], projected, lengths)
+        with self._asked(asks):
+            return read_prompts(self.llava.model, [ask.prompt for ask in asks], projected, lengths)
 
     @torch.inference_mode()
     def _look(self, asks: list[Ask]) -> dict[str, Tensor]:
@@ -342,7 +407,8 @@ class Engine:
         self._keep(going)
         if self.rows is not None and self.answers:
             chosen = torch.tensor([tokens[k] for k in going], device=self.rows.mask.device)
-            self.rows = read_tokens(self.llava.model, self.rows, chosen)
+            with self._asked([answer.ask for answer in self.answers]):
+                self.rows = read_tokens(self.llava.model, self.rows, chosen)
 
     def _finite(self, logits: Tensor) -> Tensor:
         """The logits of the rows that have numbers; the others are told, and leave."""

@@ -11,6 +11,7 @@ import json
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -28,8 +29,9 @@ from llava_pipeline.errors import (
     TrackingUnavailable,
     WeightsMismatch,
 )
-from llava_pipeline.model import projector
+from llava_pipeline.model import adapter, projector
 from llava_pipeline.model.assemble import Llava
+from llava_pipeline.model.freeze import LANGUAGE_MODEL
 from llava_pipeline.serving.conversation import prompt_of, question
 from llava_pipeline.serving.engine import Ask, Busy, Closed, Engine, Failed, Loaded, Piece
 from llava_pipeline.serving.pictures import Picture, picture_of
@@ -248,16 +250,32 @@ class Versions:
         bundle.check()
         bundle.spec()  # a start without MLflow reads it
         module = copy.deepcopy(self._llava.model.model.multi_modal_projector)
-        state = projector.load(bundle.projector, self._model)
+        parts = projector.split(projector.load(bundle.projector, self._model))
+        if parts[LANGUAGE_MODEL]:
+            raise IncompatibleParts(
+                f"version {bundle.version} has a language model of its own, which is not served beside another; "
+                "export it and serve the checkpoint with another engine, or train a LoRA"
+            )
+        state, beside = parts[""], parts[adapter.PREFIX]
         shapes, wanted = _shapes(state), _shapes(module.state_dict())
         if shapes != wanted:
             raise WeightsMismatch(
                 f"the projector of version {bundle.version} has {shapes}, the model {wanted}; train it again"
             )
         module.load_state_dict(state, strict=True)
-        version = Version(bundle, Loaded(bundle.projector_digest, module))
+        name = self._load_adapter(beside) if beside else None
+        loaded = Loaded(bundle.projector_digest, module, name)
+        if name is not None:  # it goes when nobody is answered by it any more
+            weakref.finalize(loaded, self.engine.drop_adapter, name)
+        version = Version(bundle, loaded)
         self._try_out(version)
         return version
+
+    def _load_adapter(self, state: adapter.State) -> str:
+        try:
+            return self.engine.load_adapter(state)
+        except Closed:
+            raise NotTried("the server is going") from None
 
     def _try_out(self, version: Version) -> None:
         """Ask the golden questions; this warms the model too."""

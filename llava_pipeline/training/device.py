@@ -49,12 +49,18 @@ def cpu_computes_bf16() -> bool:
     return " avx512_bf16" in flags or " amx_bf16" in flags
 
 
-def place(model: LlavaForConditionalGeneration, device: torch.device, precision: torch.dtype) -> None:
-    """Frozen weights in their precision, the projector and all buffers in float32, everything on the device.
+def place(
+    model: LlavaForConditionalGeneration, device: torch.device, precision: torch.dtype, *, learns_whole: bool = False
+) -> None:
+    """Frozen weights in their precision, what learns and all buffers in float32, everything on the device.
 
-    Rounded rotary frequencies would turn later tokens by angles that are wrong in proportion to their position.
+    Rounded rotary frequencies would turn later tokens by angles that are wrong in proportion to their position; and
+    what a step adds to a weight in 16 bits is mostly rounded away.
     """
-    for part in (model.model.vision_tower, model.model.language_model, model.lm_head):
+    frozen = [model.model.vision_tower]
+    if not learns_whole:
+        frozen += [model.model.language_model, model.lm_head]
+    for part in frozen:
         for parameter in part.parameters():
             parameter.data = parameter.data.to(device, precision)
     model.to(device)

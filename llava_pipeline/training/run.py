@@ -320,9 +320,10 @@ def load_frozen(job: TrainingJob, device: torch.device, dtype: torch.dtype) -> L
     """The model where it is to run, its weights in the precision of products or, without loss, in the half of it; what
     learns has a gradient, and what was learned before is in its place."""
     llava = load(job.model)
-    place(llava.model, device, dtype)
+    whole = job.spec.language_model.learns and job.spec.language_model.mode == "full"
+    place(llava.model, device, dtype, learns_whole=whole)
     language_model = llava.model.model.language_model
-    if dtype == torch.float32 and job.spec.step.halve and can_run(llava.model.config.text_config):
+    if dtype == torch.float32 and job.spec.step.halve and not whole and can_run(llava.model.config.text_config):
         halve(language_model, llava.model.lm_head)
     if job.begin is not None:
         begin = open_artifact(job.begin)

@@ -91,10 +91,18 @@ class PackedStep:
 
 
 class PlainStep:
-    """Padded passes through transformers' own forward."""
+    """Padded passes through transformers' own forward; where its weights learn, they are float32 and its products are
+    in ``dtype``."""
 
-    def __init__(self, model: LlavaForConditionalGeneration, samples: Samples, features: Features) -> None:
+    def __init__(
+        self, model: LlavaForConditionalGeneration, samples: Samples, features: Features,
+        dtype: torch.dtype = torch.float32, spec: StepSpec | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.samples, self.features = model, samples, features
+        self.dtype = dtype if learns_whole(model) else torch.float32
+        if spec is not None and spec.recompute:
+            model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.model.language_model.train()  # which alone makes transformers do it; nothing there drops out
         self.device = model.model.multi_modal_projector.linear_1.weight.device
 
     def split(self, indices: Sequence[int], most: int) -> list[list[int]]:
@@ -109,7 +117,8 @@ class PlainStep:
         batch = collate([ids for ids, _ in rows], [labels for _, labels in rows], self.features(images), pad).to(
             self.device
         )
-        return loss_sum(self.model, batch)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return loss_sum(self.model, batch)
 
 
 def make_step(
@@ -120,4 +129,4 @@ def make_step(
     if can_run(model.config.text_config) and not learns_whole(model):
         llama = like.llama if isinstance(like, PackedStep) else None
         return PackedStep(model, samples, features, dtype, spec, llama)
-    return PlainStep(model, samples, features)
+    return PlainStep(model, samples, features, dtype, spec)

@@ -17,15 +17,19 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from torch import nn
 
+from llava_pipeline.errors import WeightsMismatch
 from llava_pipeline.evaluation.questions import Question, cut
 from llava_pipeline.evaluation.read import Job, Limits, read, stop_ids
+from llava_pipeline.model import adapter
 from llava_pipeline.model.assemble import Llava
+from llava_pipeline.model.freeze import let_learn
 from llava_pipeline.model.processor import Processor
 from llava_pipeline.serving.conversation import Turn, prompt_of, question
 from llava_pipeline.serving.engine import Ask, Busy, Closed, Engine, Failed, Kept, Loaded, Piece
 from llava_pipeline.serving.pictures import picture_of
 from llava_pipeline.serving.sampling import Sampling
 from llava_pipeline.serving.text import TextStream
+from llava_pipeline.spec import LoraSpec, PartSpec, TrainingSpec
 from llava_pipeline.training.features import tower_features
 from tests.serving.conftest import other, own, picture
 
@@ -200,6 +204,65 @@ def test_two_projectors_answer_in_one_batch_each_as_alone(lively: Llava, engine:
     assert at_once(engine, *asks) == expected
     again = [asked(lively, loaded=one) for one in loaded]
     assert said(engine, *again[::-1]) == expected[::-1]
+
+
+def adapters_of(llava: Llava, count: int) -> list[adapter.State]:
+    """Adapters that change much, each in its own way."""
+    model = copy.deepcopy(llava.model)
+    spec = TrainingSpec(max_steps=1, language_model=PartSpec(mode="lora"), lora=LoraSpec(rank=4, alpha=8))
+    let_learn(model, spec)
+    generator = torch.Generator().manual_seed(17)
+    shapes = {name: p.shape for name, p in adapter.parameters(model.model.language_model).items()}
+    return [
+        {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
+        | {adapter.SCALE: torch.tensor(2.0)}
+        for _ in range(count)
+    ]
+
+
+def test_adapters_swap_as_projectors_do_and_answer_in_one_batch_each_as_alone(lively: Llava, engine: Engine) -> None:
+    states: list[adapter.State] = [{}, *adapters_of(lively, 2)]
+    plain = own(lively)
+    loaded = [
+        replace(plain, digest=f"{k}", adapter=engine.load_adapter(state) if state else None)
+        for k, state in enumerate(states)
+    ]
+    asks = [asked(lively, text, (0,), loaded=one) for text in ("Which color?", "How many?") for one in loaded]
+    found = at_once(engine, *asks)
+    alone = copy.deepcopy(lively.model)
+    adapter.remove(alone.model.language_model, str(loaded[1].adapter))
+    adapter.remove(alone.model.language_model, str(loaded[2].adapter))
+    expected = []
+    for one, state in zip(asks, states * 2, strict=True):
+        adapter.put(alone.model.language_model, state)
+        expected.append(generated(replace(lively, model=alone), one))
+    assert found == expected
+    assert len(set(found[:3])) == 3
+    assert said(engine, *(asked(lively, "Which color?", (0,), loaded=one) for one in loaded)) == expected[:3]
+
+
+def test_an_adapter_goes_while_others_answer_and_the_last_leaves_the_model_as_it_was(
+    lively: Llava, engine: Engine
+) -> None:
+    names = [engine.load_adapter(state) for state in adapters_of(lively, 2)]
+    kept, gone = (replace(own(lively), digest=name, adapter=name) for name in names)
+    before = said(engine, asked(lively, loaded=kept))
+    engine.drop_adapter(str(gone.adapter))
+    assert said(engine, asked(lively, "How many?", loaded=kept), asked(lively, loaded=kept))[1:] == before
+    engine.drop_adapter(str(kept.adapter))
+    one = asked(lively)
+    assert said(engine, one) == [generated(lively, one)]
+    assert not adapter.layers(lively.model.model.language_model)
+
+
+def test_an_adapter_that_does_not_fit_harms_nobody(lively: Llava, engine: Engine) -> None:
+    (state,) = adapters_of(lively, 1)
+    name = next(name for name in state if name.endswith("lora_B.weight"))
+    with pytest.raises(WeightsMismatch):
+        engine.load_adapter(state | {name: state[name][:-1]})
+    assert not adapter.layers(lively.model.model.language_model)
+    one = asked(lively)
+    assert said(engine, one) == [generated(lively, one)]
 
 
 def test_the_first_token_is_told_before_the_last_is_chosen(lively: Llava, engine: Engine) -> None:
