@@ -121,9 +121,10 @@ def image_side(config: Any, spec: ModelSpec) -> int:
             f"leave it out, or choose a tower that interpolates, such as DINOv2"
         )
     if side % patch:
+        fitting = sorted({max(1, side // patch) * patch, -(-side // patch) * patch})
         raise IncompatibleParts(
             f"model.image_size={side} is not divided by the tower's patches of {patch} pixels; "
-            f"set {side // patch * patch or patch} or {(side // patch + 1) * patch}"
+            f"set {' or '.join(map(str, fitting))}"
         )
     return side
 
