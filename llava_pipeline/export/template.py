@@ -2,7 +2,7 @@
 
 Ours knows one form (``serving.conversation``): a turn's pictures first, its words on a line of their own, a system's words
 before the first question. Others write a plain string, words before a picture, words without the line break; llama.cpp
-puts a text in the place of a picture before the template sees it. What stands before the template brings all of these
+makes one text of a turn, with a mark in the place of each picture. What stands before the template brings all of these
 to our form, so that the template itself stays as it was trained with. Generation marks are for training, and not every
 engine knows them.
 """
@@ -13,24 +13,50 @@ import re
 
 _MARKS = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")
 
-# Nothing in here that llama.cpp's own Jinja does not have.
-_LINES = (
-    "set turns = namespace(all=[], system=[])",
-    "for message in messages",
-    "set turn = namespace(pictures=[], words=[], text='')",
+# Nothing in here that the Jinja of its readers does not have.
+_OF_OTHERS = (
     "if message['content'] is string",
     "set turn.words = [message['content']]",
     "else",
     "for item in message['content']",
     "if item['type'] == 'image'",
     "set turn.pictures = turn.pictures + [{'type': 'image'}]",
-    "elif item['type'] == 'text'",
-    "set turn.words = turn.words + [item['text']]",
     "else",
-    "set turn.pictures = turn.pictures + [{'type': 'text', 'text': item['text']}]",
+    "set turn.words = turn.words + [item['text']]",
     "endif",
     "endfor",
     "endif",
+)
+_OF_LLAMA_CPP = (  # pictures are marks of the form <__media...__> within one text
+    "for item in message['content']",
+    "set part = namespace(text='')",
+    "for piece in item['text'].split('__>')",
+    "if '<__media' in piece and not loop.last",
+    "set ends = piece.split('<__media')",
+    "set turn.pictures = turn.pictures + [{'type': 'text', 'text': '<__media' + ends[1] + '__>'}]",
+    "set part.text = part.text + ends[0]",
+    "if part.text",
+    "set turn.words = turn.words + [part.text]",
+    "set part.text = ''",
+    "endif",
+    "else",
+    "set part.text = part.text + piece",
+    "if not loop.last",
+    "set part.text = part.text + '__>'",
+    "endif",
+    "endif",
+    "endfor",
+    "if part.text or not turn.words",
+    "set turn.words = turn.words + [part.text]",
+    "endif",
+    "endfor",
+)
+_BEFORE = (
+    "set turns = namespace(all=[], system=[])",
+    "for message in messages",
+    "set turn = namespace(pictures=[], words=[], text='')",
+)
+_BEHIND = (
     "if message['role'] == 'system'",
     "set turns.system = turns.system + turn.words",
     "else",
@@ -48,12 +74,13 @@ _LINES = (
     "endfor",
     "set messages = turns.all",
 )
-_TO_OUR_FORM = "".join(f"{{%- {line} -%}}" for line in _LINES)
 
 
-def exported_template(template: str) -> str:
-    """A template of ours as other engines are to have it."""
-    return _TO_OUR_FORM + without_marks(template)
+def exported_template(template: str, llama_cpp: bool = False) -> str:
+    """A template of ours as llama.cpp, or every other engine, is to have it."""
+    content = _OF_LLAMA_CPP if llama_cpp else _OF_OTHERS
+    to_our_form = "".join(f"{{%- {line} -%}}" for line in (*_BEFORE, *content, *_BEHIND))
+    return to_our_form + without_marks(template)
 
 
 def without_marks(template: str) -> str:
