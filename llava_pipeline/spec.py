@@ -37,7 +37,7 @@ class HubBackbone(Frozen):
     weights: str = Field("model.safetensors", description="Weight file: .safetensors, .bin or .gguf.")
     sha256: dict[str, Sha256] = Field(default_factory=dict, description="Pinned digest per file name.")
     license: str = Field("unknown", description="Licence of the weights, as their card states it.")
-    shape: dict[str, int] = Field(default_factory=dict, description="Sizes from its config.json, for `plan`.")
+    shape: dict[str, int | str] = Field(default_factory=dict, description="Sizes from its config.json, for `plan`.")
     num_bytes: int = Field(0, ge=0, description="Size of the weight file, for `plan`.")
     fallback: WheelBackbone | None = Field(None, description="Where the same weights are when the hub is not.")
 
@@ -383,7 +383,7 @@ class RunSpec(Frozen):
     """One run of the pipeline, whole."""
 
     profile: str = Field(
-        pattern=r"^[a-z0-9-]+$", description="Name; versions are registered as llava-projector-<profile>."
+        pattern=r"^[a-z0-9][a-z0-9.-]*$", description="Name; versions are registered as llava-projector-<profile>."
     )
     stage: Stage = Field(
         "align", description="align teaches the projector; instruct then the language model too, as the profile says."

@@ -261,7 +261,7 @@ def test_an_unknown_key_is_told_with_its_place_and_where_to_look(place: str) -> 
             "training.precision=int8",
             "training.precision: input should be 'auto', 'fp32', 'bf16' or 'fp16' (found 'int8')",
         ),
-        ("profile=My Profile", "profile: string should match pattern '^[a-z0-9-]+$' (found 'My Profile')"),
+        ("profile=My Profile", "profile: string should match pattern '^[a-z0-9][a-z0-9.-]*$' (found 'My Profile')"),
         ("training=", "training: input should be a valid dictionary or instance of TrainingSpec (found None)"),
     ],
 )

@@ -49,12 +49,21 @@ def options(
 
 
 @app.command()
-def plan(profile: Profile = "pocket", overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
-    """What a run will take: downloads, parameters, tokens, memory, time. Nothing is downloaded."""
-    spec = read_spec(profile, overrides)
+def plan(
+    profile: Profile = "pocket",
+    overrides: Overrides = [],  # noqa: B006
+    stage: StageName = "align",
+    device: Annotated[
+        list[str], typer.Option("--device", help="here, t4, l4, 3090, 4090, a100-40, a100-80, h100, h200. Repeatable.")
+    ] = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """What a run will take: downloads, parameters, tokens, memory by part, time, price. Nothing is downloaded."""
+    spec = read_spec(profile, overrides, stage)
     from llava_pipeline.model.plan import plan as make_plan
+    from llava_pipeline.model.plan import usual_devices
 
-    made = make_plan(spec)
+    made = make_plan(spec, device or usual_devices(spec))
     show.document(made.model_dump(mode="json") | {"spec": spec.model_dump(mode="json")}) if as_json else show.plan(
         made, spec
     )
@@ -177,14 +186,17 @@ def run_flow(spec: RunSpec, refresh: bool) -> dict[str, Any]:
 
     Raises:
         TrackingError: MLflow cannot be reached; nothing has been started then.
+        SpecError: this machine is too small for it; nothing has been fetched then.
     """
     from flows.local import local_defaults
+    from llava_pipeline.model.plan import refuse_too_small
     from llava_pipeline.tracking.client import check_reachable
     from llava_pipeline.tracking.listing import run as find_run
     from llava_pipeline.tracking.settings import load_settings
 
     settings = load_settings()
     check_reachable(settings)
+    refuse_too_small(spec)
     local_defaults(debug=debugging())
     if refresh:
         os.environ["PREFECT_TASKS_REFRESH_CACHE"] = "true"

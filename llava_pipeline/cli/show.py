@@ -34,20 +34,19 @@ def table(*columns: str) -> Table:
 
 
 def plan(made: Plan, spec: RunSpec) -> None:
-    """A plan as two tables."""
-    console = Console()
-    console.print(f"[bold]{made.profile}[/]  {spec.title}", highlight=False)
+    """A plan as tables: parts, facts, memory by part, devices; and what would have to change where it does not fit."""
+    console, first = Console(), made.devices[0]
+    console.print(f"[bold]{made.profile}[/], stage {made.stage}  {spec.title}", highlight=False)
     parts = table("part", "parameters", "")
     for part, count in made.num_by_part.items():
-        parts.add_row(part, f"{count:,}", "trained" if part == "projector" else "frozen")
+        parts.add_row(part, f"{count:,}", "trained" if made.trainable_by_part.get(part) else "frozen")
     parts.add_row("all", f"{made.num_total:,}", f"{made.num_trainable:,} trained")
     console.print(parts)
     facts = table("what", "how much")
     facts.add_row("image tokens per picture", str(made.num_image_tokens))
-    facts.add_row("training", f"{made.num_steps} steps of {made.samples_per_step} samples on {made.device}")
-    facts.add_row("training time (estimate)", duration(made.training_seconds_estimate))
-    facts.add_row("evaluation time (estimate)", duration(made.evaluation_seconds_estimate))
-    facts.add_row("memory (estimate)", f"{made.memory_bytes_estimate / 1e9:.1f} GB")
+    facts.add_row("tokens per sample (estimate)", str(made.tokens_per_sample_estimate))
+    facts.add_row("operations per sample, in all", f"{flops(made.flops_per_sample)}, {flops(made.flops_training)}")
+    facts.add_row("training", f"{made.num_steps} steps of {made.samples_per_step} samples")
     for item in made.downloads:
         places = [place for place in (item, item.otherwise) if place is not None]
         sizes = [f"{place.num_bytes / 1e6:,.0f} MB" if place.num_bytes else "size not known before" for place in places]
@@ -56,7 +55,54 @@ def plan(made: Plan, spec: RunSpec) -> None:
     if not made.downloads:
         facts.add_row("download", "nothing")
     console.print(facts)
+    memory = table(f"memory on {first.title}, {first.precision} (estimate)", "GB")
+    for part, count in first.memory_by_part.items():
+        memory.add_row(part, f"{count / 1e9:.2f}")
+    memory.add_row("all", f"{first.memory_bytes / 1e9:.2f}", style="bold")
+    console.print(memory)
+    plan_devices(console, made)
     console.print(f"Stated cost: {spec.cost}", highlight=False)
+
+
+def plan_devices(console: Console, made: Plan) -> None:
+    """All devices side by side, and below them what would have to change on those that are too small."""
+    devices = table("device (estimates)", "GB", "of", "fits", "training", "evaluation", "price")
+    for one in made.devices:
+        devices.add_row(
+            one.title, f"{one.memory_bytes / 1e9:.1f}", f"{(one.device_memory_bytes - one.reserve_bytes) / 1e9:.1f}",
+            "yes" if one.fits else "no", duration(one.training_seconds), duration(one.evaluation_seconds),
+            "-" if one.price is None else f"${one.price:,.2f}",
+        )  # fmt: skip
+    console.print(devices)
+    for one in made.devices:
+        if one.note:
+            console.print(f"{one.title}: {one.note}", highlight=False)
+        if one.remedies:
+            told = "; then ".join(
+                f"{each.change} ({each.memory_bytes / 1e9:.1f} GB{', fits' if each.fits else ''})"
+                for each in one.remedies[:-1]
+            )
+            last = one.remedies[-1]
+            console.print(
+                f"To fit {one.title}: {told + '; or ' if told else ''}{last.change} ({last.memory_bytes / 1e9:.1f} GB)",
+                highlight=False, markup=False,
+            )  # fmt: skip
+    if not any(one.price_from for one in made.devices):
+        return
+    machine = max(one.host_memory_bytes for one in made.devices)
+    sources = "; ".join(dict.fromkeys(one.price_from for one in made.devices if one.price_from))
+    console.print(
+        f"The machine itself needs {machine / 1e9:.1f} GB while weights are read. List prices: {sources}.",
+        highlight=False,
+    )
+
+
+def flops(count: float) -> str:
+    """``1.23 TFLOP``."""
+    for unit, size in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count / 1e9:.1f} GFLOP"
 
 
 def duration(seconds: float) -> str:
@@ -90,7 +136,7 @@ def result(row: dict[str, Any]) -> None:
     console.print(scores)
     params = row["params"]
     console.print(
-        f"{params['num_trainable']:,} of {params['num_total']:,} parameters were trained; "
+        f"{params.get('num_learned', params['num_trainable']):,} of {params['num_total']:,} parameters were trained; "
         f"the frozen ones are unchanged: {'yes' if row['frozen_digests_equal'] else 'NO'}.\n"
         f"Training took {duration(metrics['train/seconds'])} on {row['device']}, "
         f"loss {number(metrics['train/final_loss'])}; "
@@ -186,16 +232,23 @@ def serving(told: dict[str, Any], aliases: Sequence[str]) -> None:
     print(f"  is it well?         {url}/readyz {url}/metrics", flush=True)
 
 
+def stage(row: dict[str, Any]) -> str:
+    """A run's stage, and the version or run it has gone on from."""
+    if (begin := row.get("began_with")) is None:
+        return str(row.get("stage") or "-")
+    return f"{row['stage']} from {begin['version'] or begin['run_id'][:8]}"
+
+
 def runs(rows: list[dict[str, Any]]) -> None:
     """The runs as a table, the newest first."""
     if not rows:
         print("no runs yet; start one with: llava-pipeline run --profile pocket")
         return
-    listing = table("run", "status", "took", "match", "shuffled", "ver.", "alias")
+    listing = table("run", "stage", "status", "took", "match", "shuffled", "ver.", "alias")
     for row in rows:
         metrics, seconds = row["metrics"], row["duration_seconds"]
         listing.add_row(
-            row["name"], row["status"], "-" if seconds is None else duration(seconds),
+            row["name"], stage(row), row["status"], "-" if seconds is None else duration(seconds),
             percent(metrics.get("eval/exact_match")), percent(metrics.get("eval/exact_match_shuffled")),
             row["version"] or "-", ", ".join(row["aliases"]) or "-",
         )  # fmt: skip

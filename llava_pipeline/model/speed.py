@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional
+
+from llava_pipeline.model.memory import adapter_parameters, head_size, matrices, mode_of
+from llava_pipeline.spec import TrainingSpec
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype, side: int = 1024, seconds: float = 0.2) -> float:
@@ -20,3 +27,77 @@ def measured_flops(device: torch.device, dtype: torch.dtype, side: int = 1024, s
             count += 1
         product[0, 0].item()
     return count * 2 * side**3 / (time.monotonic() - started)
+
+
+PROBE_FLOPS = 2e10  # of a probe on a CPU: a third of a second
+PROBES = 3
+
+
+def layer_flops(text: Any, spec: TrainingSpec, tokens: int, in_sample: int, dtype: torch.dtype) -> float:
+    """Useful operations per second of a step through one layer of a language model on this CPU.
+
+    It runs what a step runs in every layer, forward and back, with random numbers of the layer's own shapes: products,
+    norms, attention of samples of ``in_sample`` tokens, and the adapter or the weights' own gradients where they learn.
+    A square product alone tells a small model's speed too high and says nothing of what lies between the products.
+    """
+    mode = mode_of(spec)
+    each = layer_operations(text, spec, 1)
+    count = max(1, min(tokens, int(PROBE_FLOPS / each)) // in_sample)
+    total = count * in_sample
+    head, heads, keys = head_size(text), text.num_attention_heads, text.num_key_value_heads or text.num_attention_heads
+    wide, inner, queries = text.hidden_size, text.intermediate_size, text.num_attention_heads * head_size(text)
+    generator = torch.Generator().manual_seed(0)
+
+    def made(*shape: int, learns: bool) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype).mul_(0.02).requires_grad_(learns)
+
+    whole = mode == "full"
+    shapes = {
+        "qkv": (wide, queries + 2 * keys * head),
+        "out": (queries, wide),
+        "up": (wide, 2 * inner),
+        "down": (inner, wide),
+    }
+    weights = {name: made(b, a, learns=whole) for name, (a, b) in shapes.items()}
+    rank = spec.lora.rank if mode == "lora" else 0
+    thin = {
+        name: [(made(rank, a, learns=True), made(b, rank, learns=True)) for b in widths]
+        for name, (a, _) in shapes.items()
+        for widths in [{"qkv": (queries, keys * head, keys * head), "up": (inner, inner)}.get(name, (wide,))]
+    }
+
+    def product(x: Tensor, name: str) -> Tensor:
+        out = functional.linear(x, weights[name])
+        if rank:
+            out = out + torch.cat([functional.linear(functional.linear(x, a), b) for a, b in thin[name]], -1)
+        return out
+
+    def step() -> None:
+        x = torch.ones(total, wide, requires_grad=True)
+        normed = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)).to(dtype)
+        q, k, v = product(normed, "qkv").split([queries, keys * head, keys * head], -1)
+        q, k, v = (
+            part.reshape(count, in_sample, -1, head).transpose(1, 2) * (1.0 + turned)
+            for turned, part in enumerate((q, k, v))
+        )
+        seen = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != keys)
+        y = x + product(seen.transpose(1, 2).reshape(total, queries), "out")
+        normed = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)).to(dtype)
+        gate, up = product(normed, "up").split([inner, inner], -1)
+        (y + product(functional.silu(gate) * up, "down")).sum().backward()
+
+    step()
+    taken = []
+    for _ in range(PROBES):
+        started = time.monotonic()
+        step()
+        taken.append(time.monotonic() - started)
+    return total * each / statistics.median(taken)
+
+
+def layer_operations(text: Any, spec: TrainingSpec, tokens: int) -> float:
+    """Operations of one layer's products for so many tokens, forward and back: the gradient with respect to the input
+    always, with respect to the weights where they learn."""
+    size = sum(a * b for a, b in matrices(text).values())
+    adapter = adapter_parameters(text, spec) / text.num_hidden_layers
+    return float(tokens * ((6 if mode_of(spec) == "full" else 4) * size + 6 * adapter))

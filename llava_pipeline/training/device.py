@@ -9,6 +9,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from llava_pipeline.errors import SpecError
+from llava_pipeline.model.devices import cpu_computes_bf16
 
 
 def choose_device(name: str) -> torch.device:
@@ -38,15 +39,6 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     elif name == "auto":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-def cpu_computes_bf16() -> bool:
-    """Whether this processor multiplies bfloat16 numbers by itself (AVX512-BF16 or AMX; Linux only)."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return " avx512_bf16" in flags or " amx_bf16" in flags
 
 
 def place(

@@ -14,7 +14,10 @@ from tests.cli.conftest import Command
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--profile", "nosuch"], "no profile 'nosuch'; there are: budget, budget-b16, easy-vqa, pocket, smol, tiny"),
+        (
+            ["--profile", "nosuch"],
+            "no profile 'nosuch'; there are: budget, budget-b16, easy-vqa, llama-3.1-8b, llava-1.5, pocket",
+        ),
         (["--profile", "nosuch.yaml"], "cannot read the profile file 'nosuch.yaml'"),
         (["--set", "training.max_step=20"], "training.max_step: unknown key"),
         (["--set", "training.max_steps=0"], "training.max_steps: input should be greater than 0 (found 0)"),
