@@ -34,7 +34,9 @@ class HubBackbone(Frozen):
     kind: Literal["hub"] = Field("hub", description="Which kind of backbone this is.")
     repo_id: str = Field(description="Repository, as owner/name.")
     revision: CommitSha = Field(description="Commit: 40 hexadecimal digits. Branch names move and are refused.")
-    weights: str = Field("model.safetensors", description="Weight file: .safetensors, .bin or .gguf.")
+    weights: str = Field(
+        "model.safetensors", description="Weight file: .safetensors, .bin, .gguf, or the .index.json of several."
+    )
     sha256: dict[str, Sha256] = Field(default_factory=dict, description="Pinned digest per file name.")
     license: str = Field("unknown", description="Licence of the weights, as their card states it.")
     shape: dict[str, int | str] = Field(default_factory=dict, description="Sizes from its config.json, for `plan`.")
@@ -67,7 +69,9 @@ class FolderBackbone(Frozen):
 
     kind: Literal["folder"] = Field("folder", description="Which kind of backbone this is.")
     path: str = Field(description="The folder with config.json, weights and, for a language model, the tokenizer.")
-    weights: str = Field("model.safetensors", description="Weight file: .safetensors, .bin or .gguf.")
+    weights: str = Field(
+        "model.safetensors", description="Weight file: .safetensors, .bin, .gguf, or the .index.json of several."
+    )
     license: str = Field("unknown", description="Licence of the weights.")
 
 

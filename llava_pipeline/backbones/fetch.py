@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from llava_pipeline import store
 from llava_pipeline.backbones import wheel
 from llava_pipeline.backbones.hub import hub_files
-from llava_pipeline.backbones.layout import SIDE_FILES, WEIGHT_FILES, choose_weights, kept
+from llava_pipeline.backbones.layout import SIDE_FILES, WEIGHT_FILES, choose_weights, kept, shards_of
 from llava_pipeline.contracts import FetchedBackbone
 from llava_pipeline.errors import BackboneUnavailable, NotFound, SpecError
 from llava_pipeline.spec import Backbone, EmbeddedBackbone, FolderBackbone, HubBackbone, RandomBackbone, WheelBackbone
@@ -170,7 +170,9 @@ def _fetch_from_folder(source: Path, weights: str, origin: str, license_: str) -
     chosen = choose_weights(names, weights, str(source))
 
     def fill(folder: Path) -> str:
-        for name in kept(names, chosen):
+        for name in [*kept(names, chosen), *shards_of(source / chosen)]:
+            if not (source / name).is_file():
+                raise NotFound(f"{source} has no {name}, which its {chosen} names; put it there")
             shutil.copyfile(source / name, folder / name)
         return chosen
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_pipeline import store
-from llava_pipeline.backbones.layout import SIDE_FILES
+from llava_pipeline.backbones.layout import SIDE_FILES, shards_of
 from llava_pipeline.errors import BackboneUnavailable, DigestMismatch, NotFound
 from llava_pipeline.spec import HubBackbone
 
@@ -62,6 +62,7 @@ def hub_files(part: HubBackbone, patience_seconds: float) -> dict[str, Path]:
     """
     repository = _repository(part)
     files = _all_files(repository, part, patience_seconds)
+    files |= _shards(repository, files[part.weights], patience_seconds)
     _check_pins(repository, part, files)
     return files
 
@@ -101,6 +102,23 @@ def _all_files(repository: _Repository, part: HubBackbone, patience_seconds: flo
             "correct `weights`, `sha256` or `revision` of the part in the spec"
         )
     return files
+
+
+def _shards(repository: _Repository, weights: Path, patience_seconds: float) -> dict[str, Path]:
+    """Where the cache holds the files that an index of weights names, after downloading what it did not hold."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = {}
+    for name in shards_of(weights):
+        hit = try_to_load_from_cache(repository.repo_id, name, repository.cache, repository.revision)
+        path = Path(hit) if isinstance(hit, str) else _ask_hub(repository, name, patience_seconds)
+        if path is None:
+            raise NotFound(
+                f"{repository.repo_id} at {repository.revision[:12]} has no {name}, which its {weights.name} names; "
+                "correct `weights` or `revision` of the part in the spec"
+            )
+        found[name] = path
+    return found
 
 
 def _is_enough(files: dict[str, Path], weights: str) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable
+from pathlib import Path
 
-from llava_pipeline.errors import NotFound
+from llava_pipeline.errors import NotFound, WeightsMismatch
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,26 @@ def choose_weights(names: Iterable[str], named: str | None, where: str) -> str:
     if not chosen.endswith(".gguf") and "config.json" not in known:
         raise NotFound(f"{where} has {chosen} but no config.json; put the model's config.json beside it")
     return chosen
+
+
+INDEX = ".index.json"
+
+
+def shards_of(weights: Path) -> list[str]:
+    """Names of the files that an index of weights names, as large models come in several; none of any other file.
+
+    Raises:
+        WeightsMismatch: it is no such index, or names a file elsewhere.
+    """
+    if not weights.name.endswith(INDEX):
+        return []
+    try:
+        names = sorted(set(json.loads(weights.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise WeightsMismatch(f"{weights.name} is no index of weight files ({error}); fetch it anew") from error
+    if odd := [name for name in names if Path(name).name != name or not name.endswith((".safetensors", ".bin"))]:
+        raise WeightsMismatch(f"{weights.name} names {odd[0]!r}, which is no weight file beside it; fetch it anew")
+    return names
 
 
 def kept(names: Iterable[str], weights: str) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_pipeline.backbones.configuration import LOCAL
+from llava_pipeline.backbones.layout import shards_of
 from llava_pipeline.errors import SpecError, WeightsMismatch
 
 if TYPE_CHECKING:
@@ -21,12 +22,15 @@ SUFFIXES = (".safetensors", ".bin", ".gguf")
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a ``.safetensors`` or ``.bin`` file by name, on the CPU, in the precision they are stored in.
+    """The tensors of a ``.safetensors`` or ``.bin`` file by name, on the CPU, in the precision they are stored in; of
+    an ``.index.json``, those of all the files that it names.
 
     Raises:
         SpecError: another suffix; a ``.gguf`` file is read by ``read_gguf``.
         WeightsMismatch: the file is missing, truncated or damaged, or holds anything but named tensors.
     """
+    if shards := shards_of(path):
+        return {name: tensor for shard in shards for name, tensor in read_state_dict(path.with_name(shard)).items()}
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix == ".bin":
