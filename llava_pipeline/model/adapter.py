@@ -144,6 +144,12 @@ def remove(language_model: nn.Module, name: str = ONE) -> None:
             setattr(language_model.get_submodule(parent), leaf, layer.get_base_layer())
 
 
+def remove_all(language_model: nn.Module) -> None:
+    """Take every adapter away."""
+    for name in {name for layer in layers(language_model).values() for name in layer.lora_A}:
+        remove(language_model, name)
+
+
 def merge(language_model: nn.Module) -> None:
     """Fold the adapter into the weights, in float32, and leave plain matrices."""
     found = layers(language_model)

@@ -197,7 +197,16 @@ def put_whole(model: LlavaForConditionalGeneration, state: State) -> None:
     into = full(model)
     if own is None:
         own = _OWN[model] = {name: value.detach().to("cpu", copy=True) for name, value in into.items()}
-    state = state or own
+    copy_whole(model, state or own)
+
+
+def copy_whole(model: LlavaForConditionalGeneration, state: State) -> None:
+    """Copy all weights of a language model, and of its head where that is not tied.
+
+    Raises:
+        WeightsMismatch: they are another model's.
+    """
+    into = full(model)
     if state.keys() != into.keys() or any(state[name].shape != value.shape for name, value in into.items()):
         raise WeightsMismatch("the trained language model has other weights than this one; train it again")
     with torch.no_grad():

@@ -9,6 +9,7 @@ trained with, if it was.
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import logging
 import threading
@@ -17,14 +18,16 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, Literal, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
 
 from llava_pipeline.evaluation.read import stop_ids
-from llava_pipeline.model import adapter
+from llava_pipeline.model import adapter, projector
 from llava_pipeline.model.assemble import Llava
 from llava_pipeline.model.tower import tower_features
 from llava_pipeline.serving.pictures import Picture
@@ -61,12 +64,18 @@ class Failed:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A projector that answers. ``digest`` names its weights and those of its adapter, which lies beside the language
-    model's own under the name ``adapter``; None where it has none."""
+    """A projector that answers.
+
+    Args:
+        digest: names its weights, and those of whatever was trained with it.
+        adapter: name under which its adapter lies beside the language model; None where it has none.
+        engine: of the language model that was trained whole with it; None where it reads the backbone's.
+    """
 
     digest: str
     projector: nn.Module
     adapter: str | None = None
+    engine: Engine | None = None
 
 
 @dataclass(eq=False)
@@ -136,6 +145,7 @@ class Engine:
         self.changed = threading.Condition()
         self.work: deque[tuple[Callable[[], None], Future[None]]] = deque()  # to be done between two tokens
         self.num_adapters = 0
+        self.others: WeakSet[Engine] = WeakSet()  # of language models that were trained whole, beside this one
         self.owed: set[Ask] = set()  # taken, and not told an end yet; whoever tells one holds ``changed``
         self.closing = False
         self.num_failures = 0  # readings and steps in a row that failed: with a card that is lost every one does
@@ -150,6 +160,9 @@ class Engine:
             Busy: as many are waiting as may.
             Closed: the engine takes no more.
         """
+        if ask.loaded.engine not in (None, self):
+            ask.loaded.engine.submit(ask)
+            return
         with self.changed:
             if self.closing:
                 raise Closed
@@ -212,21 +225,53 @@ class Engine:
             return nullcontext()
         return adapter.asked(self.llava.model.model.language_model, [ask.loaded.adapter for ask in asks])
 
+    def beside(self, state: projector.State) -> Engine:
+        """An engine of a language model with other weights, which shares the vision tower with this one.
+
+        Raises:
+            WeightsMismatch: they do not fit.
+            Closed: the engine takes no more.
+        """
+        own = self.llava.model
+        copies: list[LlavaForConditionalGeneration] = []
+
+        def copy_model() -> None:
+            tower = own.model.vision_tower
+            copies.append(copy.deepcopy(own, {id(tower): tower}))
+
+        self._do(copy_model).result()  # between two tokens: while one is read, adapters may be told who asks them
+        (model,) = copies
+        adapter.remove_all(model.model.language_model)
+        projector.copy_whole(model, state)
+        with self.changed:
+            if self.closing:
+                raise Closed
+            other = Engine(
+                replace(self.llava, model=model), max_rows=self.max_rows, max_waiting=self.max_waiting,
+                cache_bytes=self.prefixes.max_bytes,
+            )  # fmt: skip
+            self.others.add(other)
+        return other
+
     @property
     def num_waiting(self) -> int:
         """Conversations that have not been begun."""
-        return len(self.waiting)
+        return len(self.waiting) + sum(other.num_waiting for other in list(self.others))
 
     @property
     def num_running(self) -> int:
         """Conversations that are being answered."""
-        return len(self.answers)
+        return len(self.answers) + sum(other.num_running for other in list(self.others))
 
     def close(self, seconds: float) -> None:
         """Take no more, answer what was taken for so long, and tell the rest that it will not be."""
         with self.changed:
             self.closing = True
             self.changed.notify()
+        until = time.monotonic() + seconds
+        for other in list(self.others):
+            other.close(max(0.0, until - time.monotonic()))
+        seconds = max(0.0, until - time.monotonic())
         self.thread.join(min(seconds, threading.TIMEOUT_MAX))
         if not self.thread.is_alive():
             return

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava_pipeline.contracts import AssembledModel
 from llava_pipeline.data.images import ImageRefused, decode
@@ -251,11 +251,6 @@ class Versions:
         bundle.spec()  # a start without MLflow reads it
         module = copy.deepcopy(self._llava.model.model.multi_modal_projector)
         parts = projector.split(projector.load(bundle.projector, self._model))
-        if parts[LANGUAGE_MODEL]:
-            raise IncompatibleParts(
-                f"version {bundle.version} has a language model of its own, which is not served beside another; "
-                "export it and serve the checkpoint with another engine, or train a LoRA"
-            )
         state, beside = parts[""], parts[adapter.PREFIX]
         shapes, wanted = _shapes(state), _shapes(module.state_dict())
         if shapes != wanted:
@@ -263,19 +258,24 @@ class Versions:
                 f"the projector of version {bundle.version} has {shapes}, the model {wanted}; train it again"
             )
         module.load_state_dict(state, strict=True)
-        name = self._load_adapter(beside) if beside else None
-        loaded = Loaded(bundle.projector_digest, module, name)
-        if name is not None:  # it goes when nobody is answered by it any more
-            weakref.finalize(loaded, self.engine.drop_adapter, name)
-        version = Version(bundle, loaded)
+        version = Version(bundle, self._loaded(bundle.projector_digest, module, beside, parts[LANGUAGE_MODEL]))
         self._try_out(version)
         return version
 
-    def _load_adapter(self, state: adapter.State) -> str:
+    def _loaded(self, digest: str, module: nn.Module, beside: adapter.State, whole: projector.State) -> Loaded:
+        """The projector with its adapter beside the language model, or with a language model of its own; they go when
+        nobody is answered by them any more."""
         try:
-            return self.engine.load_adapter(state)
+            name = self.engine.load_adapter(beside) if beside else None
+            engine = self.engine.beside(whole) if whole else None
         except Closed:
             raise NotTried("the server is going") from None
+        loaded = Loaded(digest, module, name, engine)
+        if name is not None:
+            weakref.finalize(loaded, self.engine.drop_adapter, name)
+        if engine is not None:
+            weakref.finalize(loaded, engine.close, 0.0)
+        return loaded
 
     def _try_out(self, version: Version) -> None:
         """Ask the golden questions; this warms the model too."""

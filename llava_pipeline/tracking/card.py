@@ -11,13 +11,18 @@ from pathlib import Path
 
 import yaml
 
-from llava_pipeline.contracts import Evaluation, FetchedBackbone, Interval
+from llava_pipeline.contracts import Beginning, Evaluation, FetchedBackbone, Interval, TrainedProjector
 from llava_pipeline.spec import RunSpec
-from llava_pipeline.tracking.content import metric_part, spec_digest
+from llava_pipeline.tracking.content import metric_part, num_learned, spec_digest
 
 PICTURES = ("grid.png", "grounding.png", "loss.png")
 WEAK = 0.9  # exact match below which a kind of question is named among the limits
 DIGITS = 12  # of a digest
+MOVED = {  # by what was trained
+    "projector": "Only the projector's weights moved; the frozen parts",
+    "lora": "The projector moved, and a LoRA beside the language model was learned; the frozen parts",
+    "full": "The projector and all weights of the language model moved; the vision tower's weights",
+}
 
 
 def save_card(folder: Path, answers: Path, text: str) -> None:
@@ -40,7 +45,8 @@ def headline(evaluation: Evaluation) -> str:
         gain = _interval(evaluation.grounding.over_shuffled)
         told.append(f"The right picture is worth {gain} nats per token of the true answer over another picture.")
     told.append(
-        f"{trained.model.num_trainable:,} of {trained.model.num_total:,} parameters were trained: {trained.num_steps} "
+        f"{num_learned(trained):,} of {trained.model.num_total:,} parameters were trained{_besides(trained)}: "
+        f"{trained.num_steps} "
         f"steps over {trained.num_samples:,} samples in {trained.seconds:.0f} s on {trained.device}."
     )
     return " ".join(told)
@@ -154,7 +160,7 @@ def _training(evaluation: Evaluation) -> str:
     held_out = "" if trained.held_out_loss is None else f", held-out loss {trained.held_out_loss:.3f}"
     cost = f", cost {trained.cost:.2f}" if trained.cost else ""
     return (
-        f"Only the projector's weights moved; the frozen parts have the digest they had before "
+        f"{MOVED[trained.learned]} have the digest they had before "
         f"(`{trained.frozen_digest_after[:DIGITS]}`). {trained.num_steps} optimizer steps, {trained.num_samples:,} "
         f"samples, {trained.precision}, {trained.device}, {trained.seconds:.0f} s, "
         f"{trained.peak_memory_bytes / 1e9:.2f} GB{cost}; loss {trained.final_loss:.3f}{held_out} nats per "
@@ -169,12 +175,24 @@ def _lineage(spec: RunSpec, evaluation: Evaluation, run_id: str, versions: Mappi
         ("Language model", _part(model.backbones.language_model)),
         ("Frozen weights", f"`{model.frozen_digest}`"),
         ("Projector", f"`{trained.projector.digest}`"),
+        *([] if trained.began_with is None else [("Went on from", _begun(trained.began_with))]),
         ("Answers", f"`{evaluation.answers.digest}`"),
         ("Profile and spec", f"{spec.profile}, `{spec_digest(spec)}` (`spec.yaml` of the run repeats it)"),
         ("MLflow run", f"`{run_id}`"),
         ("Libraries", ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))),
     ]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _besides(trained: TrainedProjector) -> str:
+    return {"projector": "", "lora": " as a LoRA on the language model and the projector"}.get(
+        trained.learned, ", the language model whole"
+    )
+
+
+def _begun(beginning: Beginning) -> str:
+    version = "" if beginning.version is None else f"version {beginning.version} of {beginning.registered_model}, "
+    return f"{version}run `{beginning.run_id}` (`{beginning.projector.digest[:DIGITS]}`)"
 
 
 def _part(part: FetchedBackbone) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_pipeline import store
-from llava_pipeline.contracts import Beginning, Evaluation, Interval, Likely, Score, Snapshot
+from llava_pipeline.contracts import Beginning, Evaluation, Interval, Likely, Score, Snapshot, TrainedProjector
 from llava_pipeline.errors import DamagedArtifact
 from llava_pipeline.spec import RunSpec
 from llava_pipeline.tracking.reading import CURSOR, READING, reading_id
@@ -83,12 +83,17 @@ def parameters(spec: RunSpec, evaluation: Evaluation | None = None) -> dict[str,
             "num_image_tokens": str(model.num_image_tokens),
             "backbones.vision_tower.origin": model.backbones.vision_tower.origin,
             "backbones.language_model.origin": model.backbones.language_model.origin,
-            "params.num_learned": str(model.num_trainable if trained.num_learned is None else trained.num_learned),
+            "params.num_learned": str(num_learned(trained)),
             "learned": trained.learned,
             "precision": trained.precision,
             "device": trained.device,
         }
     return {key: value[:MAX_PARAMETER] for key, value in found.items()}
+
+
+def num_learned(trained: TrainedProjector) -> int:
+    """Parameters that training changed."""
+    return trained.model.num_trainable if trained.num_learned is None else trained.num_learned
 
 
 def history(evaluation: Evaluation) -> Path:

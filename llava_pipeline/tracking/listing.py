@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _PARAMETERS = {
     "num_trainable": "params.num_trainable",
+    "num_learned": "params.num_learned",
     "num_total": "params.num_total",
     "num_frozen": "params.num_frozen",
     "num_image_tokens": "num_image_tokens",
@@ -99,6 +100,11 @@ def _row(run: Run, model: _Model | None, settings: Settings) -> dict[str, Any]:
         "name": run.info.run_name,
         "profile": tags.get("llava.profile"),
         "kind": tags.get(content.KIND, "run"),
+        "stage": tags.get("llava.stage", "align"),
+        "learned": parameters.get("learned"),
+        "began_with": {"run_id": tags["llava.begin.run_id"], "version": tags.get("llava.begin.version")}
+        if "llava.begin.run_id" in tags
+        else None,
         "status": run.info.status,
         "failure": tags.get("llava.failure"),
         "started": datetime.fromtimestamp(run.info.start_time / 1000, UTC).isoformat(timespec="seconds"),

@@ -20,9 +20,9 @@ from torch import nn
 from llava_pipeline.errors import WeightsMismatch
 from llava_pipeline.evaluation.questions import Question, cut
 from llava_pipeline.evaluation.read import Job, Limits, read, stop_ids
-from llava_pipeline.model import adapter
+from llava_pipeline.model import adapter, projector
 from llava_pipeline.model.assemble import Llava
-from llava_pipeline.model.freeze import let_learn
+from llava_pipeline.model.freeze import full, let_learn
 from llava_pipeline.model.processor import Processor
 from llava_pipeline.serving.conversation import Turn, prompt_of, question
 from llava_pipeline.serving.engine import Ask, Busy, Closed, Engine, Failed, Kept, Loaded, Piece
@@ -253,6 +253,28 @@ def test_an_adapter_goes_while_others_answer_and_the_last_leaves_the_model_as_it
     one = asked(lively)
     assert said(engine, one) == [generated(lively, one)]
     assert not adapter.layers(lively.model.model.language_model)
+
+
+def test_a_language_model_trained_whole_answers_beside_the_other(lively: Llava, engine: Engine) -> None:
+    generator = torch.Generator().manual_seed(23)
+    whole = {
+        name: torch.randn(value.shape, generator=generator) * 0.3 + value for name, value in full(lively.model).items()
+    }
+    both = own(lively), replace(own(lively), digest="whole", engine=engine.beside(whole))
+    asks = [asked(lively, text, loaded=one) for text in ("Which color?", "How many?") for one in both]
+    found = at_once(engine, *asks)
+    alone = copy.deepcopy(lively.model)
+    projector.copy_whole(alone, whole)
+    expected = [
+        generated(replace(lively, model=model), one) for model, one in zip([lively.model, alone] * 2, asks, strict=True)
+    ]
+    assert found == expected
+    assert found[0] != found[1]
+    other = both[1].engine
+    assert other is not None
+    assert other.llava.model.model.vision_tower is lively.model.model.vision_tower
+    engine.close(1.0)
+    assert not other.thread.is_alive()
 
 
 def test_an_adapter_that_does_not_fit_harms_nobody(lively: Llava, engine: Engine) -> None:
