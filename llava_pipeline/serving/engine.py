@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from llava_pipeline.errors import IncompatibleParts
 from llava_pipeline.evaluation.read import stop_ids
 from llava_pipeline.model import adapter, projector
 from llava_pipeline.model.assemble import Llava
@@ -129,11 +130,19 @@ class Engine:
         max_rows: conversations that are answered together.
         max_waiting: conversations that may wait beyond those.
         cache_bytes: memory for keys and values of pictures that were asked about.
+
+    Raises:
+        IncompatibleParts: the chat template writes nothing behind a picture.
     """
 
     def __init__(
         self, llava: Llava, *, max_rows: int = 16, max_waiting: int = 64, cache_bytes: int = 1 << 28
     ) -> None:  # fmt: skip
+        if llava.processor.prompt("?")[-1] == llava.processor.image_token_id:
+            raise IncompatibleParts(
+                "the template plain leaves out what is asked, so nothing can be asked; go on from this version with "
+                "--stage instruct in another model.chat_template, and serve that"
+            )
         self.llava, self.max_rows, self.max_waiting = llava, max_rows, max_waiting
         self.image_token_id = llava.processor.image_token_id
         self.stop_ids = stop_ids(llava)
