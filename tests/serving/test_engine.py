@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from torch import nn
 
-from llava_pipeline.errors import WeightsMismatch
+from llava_pipeline.errors import IncompatibleParts, WeightsMismatch
 from llava_pipeline.evaluation.questions import Question, cut
 from llava_pipeline.evaluation.read import Job, Limits, read, stop_ids
 from llava_pipeline.model import adapter, projector
 from llava_pipeline.model.assemble import Llava
 from llava_pipeline.model.freeze import full, let_learn
 from llava_pipeline.model.processor import Processor
+from llava_pipeline.model.template import PLAIN
 from llava_pipeline.serving.conversation import Turn, prompt_of, question
 from llava_pipeline.serving.engine import Ask, Busy, Closed, Engine, Failed, Kept, Loaded, Piece
 from llava_pipeline.serving.pictures import picture_of
@@ -177,6 +178,13 @@ def test_an_answer_is_that_of_evaluation(lively: Llava, engine: Engine) -> None:
         lively.processor.decode(list(told.answer or ())) for told in read(lively, jobs, features, limits, print)
     ]
     assert said(engine, *(asked(lively, text, (k,)) for k, text in enumerate(texts))) == expected
+
+
+def test_a_template_that_leaves_out_what_is_asked_is_not_served(lively: Llava) -> None:
+    own = lively.processor
+    plain = Processor(own.tokenizer, PLAIN, own.images, own.num_image_tokens)
+    with pytest.raises(IncompatibleParts, match="plain leaves out what is asked.* --stage instruct"):
+        Engine(replace(lively, processor=plain))
 
 
 def test_who_joins_midway_changes_nothing_for_the_others_nor_for_itself(lively: Llava, engine: Engine) -> None:
