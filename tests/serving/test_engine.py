@@ -183,7 +183,7 @@ def test_an_answer_is_that_of_evaluation(lively: Llava, engine: Engine) -> None:
 def test_a_template_that_leaves_out_what_is_asked_is_not_served(lively: Llava) -> None:
     own = lively.processor
     plain = Processor(own.tokenizer, PLAIN, own.images, own.num_image_tokens)
-    with pytest.raises(IncompatibleParts, match="plain leaves out what is asked.* --stage instruct"):
+    with pytest.raises(IncompatibleParts, match=r"plain leaves out what is asked.* --stage instruct"):
         Engine(replace(lively, processor=plain))
 
 
