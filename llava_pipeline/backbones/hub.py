@@ -137,7 +137,8 @@ def _is_enough(files: dict[str, Path], weights: str) -> bool:
         ("preprocessor_config.json", "processor_config.json"),
         ("tokenizer.json", "tokenizer.model"),
     )
-    return any(name in files for name in (processors if "clip" in model_type else tokenizers))
+    is_tower = any(kind in model_type for kind in ("clip", "siglip", "dinov2"))
+    return any(name in files for name in (processors if is_tower else tokenizers))
 
 
 def _ask_hub(repository: _Repository, name: str, patience_seconds: float) -> Path | None:
