@@ -84,6 +84,17 @@ def test_a_cache_filled_by_others_is_enough_when_the_hub_is_down(
     assert "taken from the cache without asking for generation_config.json" in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["clip_vision_model", "siglip", "dinov2"])
+def test_so_is_that_of_a_tower_with_its_image_processor(hub: Hub, tmp_path: Path, kind: str) -> None:
+    files = repository_files() | {"config.json": json.dumps({"model_type": kind}).encode()}
+    files["preprocessor_config.json"] = files.pop("tokenizer.json")
+    hub.add("owner/name", REVISION, files)
+    first = fetch(a_part(), None, 0)
+    shutil.rmtree(tmp_path / "hf" / "hub" / "models--owner--name" / ".no_exist")
+    hub.stop()
+    assert fetch(a_part(), None, 0) == first
+
+
 def test_a_cache_without_tokenizer_is_not_enough_when_the_hub_is_down(hub: Hub, tmp_path: Path) -> None:
     fetch(a_part(), None, 0)
     (tmp_path / "hf" / "hub" / "models--owner--name" / "snapshots" / REVISION / "tokenizer.json").unlink()
