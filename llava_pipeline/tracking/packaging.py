@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 CODE = Path(__file__).parent / "served" / "model.py"
-REQUIREMENTS = ("llava-pipeline", "mlflow", "torch", "transformers", "safetensors", "pillow")
+REQUIREMENTS = ("llava-pipeline", "mlflow", "torch", "transformers", "safetensors", "pillow", "peft")
 MAX_NEW_TOKENS = 32
 EXAMPLE_QUESTION = "What is in the picture?"
 

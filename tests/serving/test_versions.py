@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 import shutil
 import threading
@@ -14,19 +16,22 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from transformers import LlavaForConditionalGeneration
 
 from llava_pipeline import store
 from llava_pipeline.contracts import AssembledModel
 from llava_pipeline.errors import DamagedArtifact, LlavaPipelineError, NoSuchRun, TrackingUnavailable
 from llava_pipeline.evaluation.read import stop_ids
-from llava_pipeline.model import projector
+from llava_pipeline.model import adapter, projector
 from llava_pipeline.model.assemble import Llava
+from llava_pipeline.model.freeze import LANGUAGE_MODEL, full, let_learn
 from llava_pipeline.serving import versions as serving_versions
 from llava_pipeline.serving.conversation import prompt_of, question
 from llava_pipeline.serving.engine import Ask, Engine, Failed, Piece
 from llava_pipeline.serving.pictures import Picture
 from llava_pipeline.serving.sampling import Sampling
 from llava_pipeline.serving.versions import Follower, Version, Versions
+from llava_pipeline.spec import LoraSpec, PartSpec, TrainingSpec
 from llava_pipeline.tracking import bundle as bundles
 from llava_pipeline.tracking.client import connect, ensure_experiment
 from llava_pipeline.tracking.settings import Settings, TrackingSettings
@@ -37,12 +42,14 @@ NAME, GOLDEN = "llava-projector-tiny", "Which color?"
 AWAY = Settings(tracking=TrackingSettings(uri="http://127.0.0.1:9"))
 SECONDS, NUM_TOKENS = 30.0, 8
 Harm = Callable[[Path], None]
+Change = Callable[[LlavaForConditionalGeneration], None]
 
 
-def answer_of(llava: Llava, loaded: torch.nn.Module, seen: Picture) -> str:
-    """What transformers' own model answers to the golden question with a projector."""
-    model = llava.model
-    kept = model.model.multi_modal_projector
+def answer_of(llava: Llava, loaded: torch.nn.Module, seen: Picture, change: Change = lambda model: None) -> str:
+    """What transformers' own model answers to the golden question with a projector, and with what else was trained."""
+    model = copy.deepcopy(llava.model)
+    adapter.remove_all(model.model.language_model)
+    change(model)
     model.model.multi_modal_projector = loaded
     ids = torch.tensor([prompt_of(llava.processor, question(GOLDEN, with_image=True))])
     out = model.generate(
@@ -50,8 +57,35 @@ def answer_of(llava: Llava, loaded: torch.nn.Module, seen: Picture) -> str:
         pixel_values=llava.processor.normalise(torch.from_numpy(seen.pixels.copy())[None]),
         eos_token_id=sorted(stop_ids(llava)), pad_token_id=model.config.pad_token_id,
     )  # fmt: skip
-    model.model.multi_modal_projector = kept
     return llava.processor.decode(out[0, ids.shape[1] :].tolist())
+
+
+def putting(state: projector.State) -> Change:
+    """Puts what was trained besides a projector into a model."""
+
+    def change(model: LlavaForConditionalGeneration) -> None:
+        parts = projector.split(state)
+        adapter.put(model.model.language_model, parts[adapter.PREFIX])
+        if parts[LANGUAGE_MODEL]:
+            projector.copy_whole(model, parts[LANGUAGE_MODEL])
+
+    return change
+
+
+def adapter_of(llava: Llava, seed: int = 5) -> projector.State:
+    """An adapter that changes much."""
+    model, generator = copy.deepcopy(llava.model), torch.Generator().manual_seed(seed)
+    let_learn(model, TrainingSpec(max_steps=1, language_model=PartSpec(mode="lora"), lora=LoraSpec(rank=4, alpha=8)))
+    found = adapter.parameters(model.model.language_model)
+    drawn = {name: torch.randn(value.shape, generator=generator) * 0.3 for name, value in found.items()}
+    return drawn | {adapter.SCALE: torch.tensor(2.0)}
+
+
+def whole_of(llava: Llava, seed: int = 6) -> projector.State:
+    """A language model with other weights."""
+    generator = torch.Generator().manual_seed(seed)
+    found = full(llava.model).items()
+    return {name: value + torch.randn(value.shape, generator=generator) * 0.3 for name, value in found}
 
 
 @dataclass
@@ -64,8 +98,12 @@ class Registry:
     folder: Path
     num_versions: int = 0
 
-    def register(self, *, harm: Harm | None = None, late_harm: Harm | None = None, **alias: int) -> str:
-        """Register a projector of its own; ``harm`` is done before its digest is taken, ``late_harm`` after."""
+    def register(
+        self, *, harm: Harm | None = None, late_harm: Harm | None = None, besides: projector.State | None = None,
+        **alias: int,
+    ) -> str:  # fmt: skip
+        """Register a projector of its own, and what was trained ``besides``; ``harm`` is done before its digest is
+        taken, ``late_harm`` after."""
         client = connect(self.settings)
         if self.num_versions == 0:
             client.create_registered_model(NAME)
@@ -74,12 +112,15 @@ class Registry:
         (folder / "projector").mkdir(parents=True)
         (folder / "spec.yaml").write_text(yaml.safe_dump(SPEC.model_dump(mode="json")))
         module = other(self.llava, 100 + self.num_versions).projector
-        projector.save(folder / "projector", module.state_dict(), self.model, {})
+        state = module.state_dict() | (besides or {})
+        projector.save(folder / "projector", state, self.model, {})
         golden = folder / "evaluation" / "golden"
         golden.mkdir(parents=True)
         seen = picture(self.llava, 0)
         Image.fromarray(seen.pixels).save(golden / "0.png")
-        asked = [{"picture": "0.png", "question": GOLDEN, "answer": answer_of(self.llava, module, seen)}]
+        asked = [
+            {"picture": "0.png", "question": GOLDEN, "answer": answer_of(self.llava, module, seen, putting(state))}
+        ]
         (golden / "questions.json").write_text(json.dumps(asked))
         if harm is not None:
             harm(folder)
@@ -109,6 +150,31 @@ class Registry:
 
     def show(self) -> None:
         self.artifacts.with_name("away").rename(self.artifacts)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_version_that_trained_more_than_its_projector_is_followed_to_and_from(
+    registry: Registry, make: Make, lively: Llava, kind: str
+) -> None:
+    registry.register()
+    registry.register(besides=adapter_of(lively) if kind == "lora" else whole_of(lively))
+    registry.point(champion="1")
+    versions = make("champion")
+    versions.start()
+    first = says(versions, versions.main)
+    registry.point(champion="2")
+    versions.look()
+    assert versions.last_error is None  # its golden questions are answered as transformers' own model answers them
+    assert versions.main is not None
+    assert versions.main.bundle.version == "2"
+    second = says(versions, versions.main)
+    assert second != first
+    registry.point(champion="1")
+    versions.look()
+    assert says(versions, versions.main) == first
+    gc.collect()
+    assert versions.engine.num_adapters == 0 or kind == "full"
+    assert not versions.engine.others
 
 
 @pytest.fixture
