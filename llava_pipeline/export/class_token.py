@@ -4,16 +4,16 @@ llama.cpp appends the class token behind the patches and then treats it as if it
 patch gets its neighbour's position, the first patch is dropped, and the class token is shown to the language model. The
 files alone can set this right. The tower gets one head more, and so some channels more, and one block before its own:
 
-* every position carries a code in the new channels, far longer than what a patch says, so that ``ln1`` of the first block
-  divides by the same number everywhere and its attention sees codes alone: position i looks at position i - 1, and the
-  first one at the last, where the class token is. What they say is copied, the code is taken away again.
+* every position carries a code in the new channels, far longer than what a patch says, so that ``ln1`` of the first
+  block divides by the same number everywhere and its attention sees codes alone: position i looks at position i - 1,
+  and the first one at the last, where the class token is. What they say is copied, the code is taken away again.
 * its MLP then does what ``pre_layrnorm`` does (act(x) - act(-x) = x for GELU and QuickGELU), now in the right order.
 * from there on the new channels hold the mean of the others, so that a LayerNorm over all is the tower's own, times a
   constant; everything that adds to the hidden state keeps it so, because it is linear.
 
-What is left of the state before is smaller than what follows it by 2**-11 each time: embeddings are ``EMBEDDED`` times as
-large as the tower's own, what is copied ``COPIED``, and everything from there on ``LOUD``. llama.cpp computes patches in
-16 bits, so the pixels have to be fainter too.
+What is left of the state before is smaller than what follows it by 2**-11 each time: embeddings are ``EMBEDDED`` times
+as large as the tower's own, what is copied ``COPIED``, and everything from there on ``LOUD``. llama.cpp computes
+patches in 16 bits, so the pixels have to be fainter too.
 """
 
 from __future__ import annotations

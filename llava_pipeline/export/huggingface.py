@@ -27,6 +27,7 @@ from llava_pipeline.export.precision import precision_of
 from llava_pipeline.export.template import exported_template
 from llava_pipeline.model.assemble import Llava
 from llava_pipeline.model.processor import IMAGE_TOKEN
+from llava_pipeline.model.tower import shuffled
 
 NESTED = ("clip_vision_model", "siglip_vision_model")  # towers that other engines keep in a module `vision_model`
 LONGEST_ANSWER = 256
@@ -53,17 +54,11 @@ def write_checkpoint(folder: Path, llava: Llava) -> None:
 
 
 def refuse_what_llava_lacks(llava: Llava) -> None:
-    """Raises ExportRefused where more than a tower, a two-layer projector and a language model take part."""
-    names = {name for name, _ in llava.model.model.multi_modal_projector.named_parameters()}
-    if not {"linear_1.weight", "linear_2.weight"} <= names:
-        raise ExportRefused(f"the projector has {', '.join(sorted(names))}; only one of two linear layers is exported")
-    config = llava.model.config
-    per_tower = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    whole = per_tower + (1 if config.vision_feature_select_strategy == "full" else 0)
-    if llava.processor.num_image_tokens not in (per_tower, whole):
+    """Raises ExportRefused where more happens to features than other engines' LLaVA knows."""
+    if (r := shuffled(llava.model.config)) > 1:
         raise ExportRefused(
-            f"a picture is {llava.processor.num_image_tokens} tokens of {per_tower} patches, which other engines' LLaVA "
-            "does not have; train with --set model.pixel_shuffle=1 to export"
+            f"{r} x {r} patches are joined to one token (model.pixel_shuffle={r}), which other engines' LLaVA does not "
+            "do; train with --set model.pixel_shuffle=1 to export"
         )
 
 
@@ -141,14 +136,14 @@ def image_processor(llava: Llava) -> dict[str, Any]:
 
 def processor(llava: Llava) -> dict[str, Any]:
     """How many tokens stand for a picture, in the words of transformers."""
-    vision = llava.model.config.vision_config
     strategy = llava.model.config.vision_feature_select_strategy
+    patch = llava.model.config.vision_config.patch_size
     features = llava.processor.num_image_tokens + (1 if strategy == "default" else 0)
     return {
         "processor_class": "LlavaProcessor",
         "image_token": IMAGE_TOKEN,
-        "patch_size": vision.patch_size,
-        "num_additional_image_tokens": features - (vision.image_size // vision.patch_size) ** 2,
+        "patch_size": patch,
+        "num_additional_image_tokens": features - (llava.processor.images.side // patch) ** 2,
         "vision_feature_select_strategy": strategy,
     }
 

@@ -11,7 +11,7 @@ FLOAT16_MAX = 65504.0
 
 
 def precision_of(weights: Iterable[Tensor]) -> torch.dtype:
-    """float16, but bfloat16 where the weights came in that and float16 would change them, and float32 beyond its range."""
+    """float16; bfloat16 where the weights came in that and float16 would change them; float32 beyond its range."""
     exact = {torch.float16: True, torch.bfloat16: True}
     largest = 0.0
     for weight in weights:

@@ -21,10 +21,9 @@ if TYPE_CHECKING:
     from llava_pipeline.model.assemble import Llava
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-_LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_QWEN_2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA_3, _QWEN_2 = _WORDS + r"\p{N}{1,3}" + _REST, _WORDS + r"\p{N}" + _REST
 _SPLITS = {_LLAMA_3: "llama-bpe", _QWEN_2: "qwen2"}
 _WORST = -1e9  # score of a piece that no merge makes
 
@@ -96,7 +95,7 @@ def write_vocabulary(writer: GGUFWriter, llava: Llava) -> None:
 
 
 def begins_with_bos(llava: Llava) -> bool:
-    """Whether a prompt begins with the tokenizer's first token: llama.cpp takes it from the template and puts its own."""
+    """Whether a prompt begins with ``bos``, which llama.cpp takes away from the template's text and puts itself."""
     bos = llava.processor.tokenizer.bos_token_id
     return bos is not None and llava.processor.prompt("?", with_image=False)[0] == bos
 
