@@ -10,15 +10,16 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from llava_pipeline.store import MANIFEST, describe, tell_disk_full
+from llava_pipeline.training.stored import write_tensors
 
 log = logging.getLogger(__name__)
 TENSORS, STATE = "state.safetensors", "state.json"
@@ -26,8 +27,12 @@ NUM_KEPT = 2
 State = tuple[dict[str, Tensor], dict[str, Any]]
 
 
-def write(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-    """Write the checkpoint of a step, and remove all but the newest two.
+def write(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any],
+    whole: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> Path:  # fmt: skip
+    """Write the checkpoint of a step, and remove all but the newest two. Each tensor is made ``whole``, on the host,
+    when it is its turn.
 
     Raises:
         DiskFull: no space left; the earlier checkpoints are untouched.
@@ -37,7 +42,7 @@ def write(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, 
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         # Written by Python, for safetensors' own writer tells a full disk as no OSError.
-        _put(temporary / TENSORS, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+        _put(temporary / TENSORS, lambda file: write_tensors(file, tensors, whole))
         _put(temporary / STATE, json.dumps(state, indent=1).encode())
         _put(temporary / MANIFEST, json.dumps(describe(temporary), indent=1).encode())
         _flush(temporary)
@@ -72,7 +77,7 @@ def read(path: Path) -> State | None:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest != describe(path):
             raise ValueError("its files are not those of its manifest")
-        return load((path / TENSORS).read_bytes()), json.loads((path / STATE).read_text(encoding="utf-8"))
+        return load_file(path / TENSORS), json.loads((path / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError, SafetensorError) as error:
         log.warning("checkpoint %s is damaged (%s); the one before it is used", path.name, error)
         return None
@@ -83,9 +88,9 @@ def _all(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("[0-9]*") if path.is_dir()), reverse=True)
 
 
-def _put(path: Path, content: bytes) -> None:
+def _put(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
     with path.open("wb") as file:
-        file.write(content)
+        content(file) if callable(content) else file.write(content)
         file.flush()
         os.fsync(file.fileno())
 

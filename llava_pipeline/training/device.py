@@ -42,9 +42,11 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def place(
-    model: LlavaForConditionalGeneration, device: torch.device, precision: torch.dtype, *, learns_whole: bool = False
-) -> None:
-    """Frozen weights in their precision, what learns and all buffers in float32, everything on the device.
+    model: LlavaForConditionalGeneration, device: torch.device, precision: torch.dtype, *, learns_whole: bool = False,
+    sharded: bool = False,
+) -> None:  # fmt: skip
+    """Frozen weights in their precision, what learns and all buffers in float32, everything on the device. A language
+    model that is to be ``sharded`` stays where it is: whole, it may be larger than the device.
 
     Rounded rotary frequencies would turn later tokens by angles that are wrong in proportion to their position; and
     what a step adds to a weight in 16 bits is mostly rounded away.
@@ -55,7 +57,8 @@ def place(
     for part in frozen:
         for parameter in part.parameters():
             parameter.data = parameter.data.to(device, precision)
-    model.to(device)
+    for part in (model.model.vision_tower, model.model.multi_modal_projector) if sharded else (model,):
+        part.to(device)
 
 
 def device_name(device: torch.device) -> str:

@@ -29,12 +29,14 @@ from llava_pipeline.errors import DamagedArtifact
 from llava_pipeline.model.tower import feature_width, tower_features
 from llava_pipeline.spec import TrainingSpec
 from llava_pipeline.store import sha256_of, tell_disk_full
+from llava_pipeline.training.stored import Stored
 from llava_pipeline.training.world import World
 
 log = logging.getLogger(__name__)
 FILE_PICTURES, BATCH_PICTURES = 512, 64
 MAX_SHARE_OF_TIME = 0.1  # of a budget in minutes that may go into features that are kept
 Normalise = Callable[[Tensor], Tensor]
+Pixels = Tensor | Stored  # (N, S, S, 3) uint8
 
 
 class StepFeatures(Protocol):
@@ -70,7 +72,7 @@ class Computed(Picked):
     """The tower runs for every step, in one batch; the next step's pictures are read meanwhile."""
 
     def __init__(
-        self, model: LlavaForConditionalGeneration, pixels: Tensor, normalise: Normalise, device: torch.device
+        self, model: LlavaForConditionalGeneration, pixels: Pixels, normalise: Normalise, device: torch.device
     ) -> None:
         super().__init__(device)
         self.model, self.pixels, self.normalise = model, pixels, normalise
@@ -127,7 +129,7 @@ def bytes_per_picture(model: LlavaForConditionalGeneration) -> int:
 
 
 def worth_keeping(
-    model: LlavaForConditionalGeneration, pixels: Tensor, normalise: Normalise, spec: TrainingSpec, num_samples: int,
+    model: LlavaForConditionalGeneration, pixels: Pixels, normalise: Normalise, spec: TrainingSpec, num_samples: int,
     device: torch.device,
 ) -> bool:  # fmt: skip
     """Whether features are kept: the disk may be used, and a picture is seen more than once within the budget."""
@@ -157,7 +159,7 @@ def _minutes_of_cost(spec: TrainingSpec) -> float | None:
 
 
 def keep(
-    model: LlavaForConditionalGeneration, pixels: Tensor, normalise: Normalise, folder: Path, allowed_bytes: float,
+    model: LlavaForConditionalGeneration, pixels: Pixels, normalise: Normalise, folder: Path, allowed_bytes: float,
     world: World,
 ) -> Kept:  # fmt: skip
     """Features of all pictures from ``folder``, which is this data set's and this tower's; what is not there is made.

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from torch import Tensor
 
 from llava_pipeline.contracts import ArtifactRef, AssembledModel
 from llava_pipeline.errors import IncompatibleParts, SpecError
 from llava_pipeline.spec import Frozen, TrainingSpec
 from llava_pipeline.store import open_artifact
-from llava_pipeline.training.samples import Samples, refuse_unsupervised
+from llava_pipeline.training.samples import NO_PICTURE, Samples, refuse_unsupervised
+from llava_pipeline.training.stored import Stored
 
 TOKENS, PIXELS = "tokens.safetensors", "pixels.safetensors"
 DECIDE_NOTHING = {"price_per_hour", "checkpoint_seconds", "features_gb", "num_processes"}
@@ -62,7 +62,7 @@ def read_job(path: Path) -> TrainingJob:
         raise SpecError(f"{path} is no training job: {where}: {first['msg']}; write it anew") from error
 
 
-def read_samples(ref: ArtifactRef, image_token: int) -> tuple[Samples, Tensor]:
+def read_samples(ref: ArtifactRef, image_token: int) -> tuple[Samples, Stored]:
     """Samples and the pictures (N, S, S, 3) uint8 they are about; both stay on disk until they are used.
 
     Raises:
@@ -70,14 +70,11 @@ def read_samples(ref: ArtifactRef, image_token: int) -> tuple[Samples, Tensor]:
         IncompatibleParts: a picture that does not exist is named, or one has no place in its sample's ids.
     """
     folder = open_artifact(ref)
-    tokens, pixels = load_file(folder / TOKENS), load_file(folder / PIXELS)["pixels"]
+    tokens, pixels = load_file(folder / TOKENS), Stored(folder / PIXELS, "pixels")
     samples = Samples(tokens["ids"], tokens["labels"], tokens["begins"], tokens["image"])
     if len(samples.image) and int(samples.image.max()) >= len(pixels):
         raise IncompatibleParts(f"samples name picture {int(samples.image.max())} of {len(pixels)}; make them anew")
     refuse_unsupervised(samples)
-    owner = torch.repeat_interleave(torch.arange(len(samples)), samples.begins.diff())
-    has_slot = torch.zeros(len(samples), dtype=torch.bool)
-    has_slot[owner[samples.ids == image_token]] = True
-    if not torch.equal(has_slot, samples.image >= 0):
+    if not torch.equal(samples.have_token(image_token), samples.image != NO_PICTURE):
         raise IncompatibleParts("a sample has image tokens and no picture, or a picture and no image tokens")
     return samples, pixels

@@ -19,6 +19,7 @@ from llava_pipeline.spec import TrainingSpec
 from llava_pipeline.training.budget import Used, end_of_next, learning_rate, next_samples, share
 from llava_pipeline.training.features import StepFeatures
 from llava_pipeline.training.samples import sample_indices
+from llava_pipeline.training.shard import clip_gradients, is_sharded
 from llava_pipeline.training.step import Step
 from llava_pipeline.training.world import World
 
@@ -85,6 +86,16 @@ class Learner:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
 
+    @property
+    def of_each(self) -> list[Tensor]:
+        """Those that every process has whole."""
+        return [parameter for parameter in self.parameters if not is_sharded(parameter)]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every pass takes all processes, because each has a part of the weights only."""
+        return len(self.of_each) < len(self.parameters)
+
 
 def make_learner(learned: Mapping[str, Tensor], spec: TrainingSpec, dtype: torch.dtype) -> Learner:
     """AdamW on what is learned, by its name, each part at its own rate; the loss is scaled where frozen parts run in
@@ -124,6 +135,7 @@ def train(
         SpecError: the budget in minutes or money was used up before the first step.
     """
     began = clock() - place.used.seconds
+    together = world if learner.is_sharded else None
     while share(spec, place.used) < 1:
         started = clock()
         rate = learning_rate(spec, end_of_next(spec, place.used, place.step_seconds))
@@ -133,8 +145,8 @@ def train(
         load(task, world, indices, upcoming(task, spec, place.used.samples + len(indices)))
         loaded = clock()
         num_supervised = task.step.samples.num_supervised(indices)
-        total = accumulate(task.step, learner, world.part(indices), num_supervised, place)
-        world.add_gradients(learner.parameters)
+        total = accumulate(task.step, learner, world.part(indices), num_supervised, place, together)
+        world.add_gradients(learner.of_each)
         # Every process must come to the same ends, so one clock counts and any process's wish to stop.
         own = [total, clock() - began if world.rank == 0 else 0.0, float(stopped())]
         total, seconds, stop = world.add(own)
@@ -143,7 +155,7 @@ def train(
         place.used = Used(place.used.steps + 1, place.used.samples + len(indices), seconds)
         stepped = clock()
         looks = place.used.steps % spec.held_out_every == 0 or share(spec, place.used) >= 1
-        held_out = held_out_loss(task.held_out, spec, world, place) if task.held_out and looks else None
+        held_out = held_out_loss(task.held_out, world, place, together) if task.held_out and looks else None
         record = StepRecord(
             place.used.steps, total / num_supervised, rate, norm, task.step.samples.num_tokens(indices),
             num_supervised, len(indices), skipped, indices, held_out,
@@ -186,16 +198,19 @@ def smooth(mean: float, seconds: float) -> float:
     return seconds if mean == 0 else PACE_MEMORY * mean + (1 - PACE_MEMORY) * seconds
 
 
-def accumulate(step: Step, learner: Learner, indices: list[int], num_supervised: int, place: Place) -> float:
+def accumulate(
+    step: Step, learner: Learner, indices: list[int], num_supervised: int, place: Place, together: World | None = None
+) -> float:
     """Gradients of one optimizer step, whose loss is a true mean over its tokens; the sum of its losses.
 
-    When memory runs out, the passes are halved and the step begins anew: it stays the same step.
+    When memory runs out, the passes are halved and the step begins anew: it stays the same step. Not where every pass
+    takes the processes of ``together``, which wait in the middle of it.
 
     Raises:
-        OutOfMemory: a pass of a single sample is too large.
+        OutOfMemory: a pass of a single sample is too large, or one of several processes.
     """
     while True:
-        split = step.split(indices, place.tokens_per_pass)
+        split = as_many(step.split(indices, place.tokens_per_pass), together)
         total = _passes(step, learner, split, num_supervised)
         if total is not None:
             return total
@@ -204,6 +219,12 @@ def accumulate(step: Step, learner: Learner, indices: list[int], num_supervised:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         largest = max(step.samples.num_tokens(part) for part in split)
+        if together is not None:
+            raise OutOfMemory(
+                f"a forward and backward pass of {largest} tokens takes more memory than process {together.rank} of "
+                f"{together.size} has; set training.tokens_per_pass (now {place.tokens_per_pass}) to less or "
+                "training.step.recompute=true, lower data.max_tokens, or take more processes"
+            )
         if max(map(len, split)) == 1:
             raise OutOfMemory(
                 f"a forward and backward pass of one sample ({largest} tokens) takes more memory than there is; "
@@ -214,6 +235,11 @@ def accumulate(step: Step, learner: Learner, indices: list[int], num_supervised:
             "memory ran out in a pass of %d tokens; from now on a pass has at most %d, a step is as large as before",
             largest, place.tokens_per_pass,
         )  # fmt: skip
+
+
+def as_many(split: list[list[int]], together: World | None) -> list[list[int]]:
+    """With empty passes at the end: as many as the process has that has the most."""
+    return split if together is None else split + [[]] * (together.most(len(split)) - len(split))
 
 
 def _passes(step: Step, learner: Learner, split: list[list[int]], num_supervised: int) -> float | None:
@@ -242,7 +268,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def apply(learner: Learner, total: float, spec: TrainingSpec, place: Place) -> tuple[float, bool]:
     """One step of the optimizer, if loss and gradient are numbers: the gradient's norm, and whether it was skipped."""
     learner.scaler.unscale_(learner.optimizer)
-    norm = float(torch.nn.utils.clip_grad_norm_(learner.parameters, spec.max_grad_norm))
+    norm = clip_gradients(learner.parameters, spec.max_grad_norm)
     skipped = not (math.isfinite(total) and math.isfinite(norm))
     # A loss scale that was too large is halved after the step: no fault of the training until none is left.
     bad = skipped and (not math.isfinite(total) or learner.scaler.get_scale() <= 1)
@@ -258,9 +284,9 @@ def apply(learner: Learner, total: float, spec: TrainingSpec, place: Place) -> t
 
 
 @torch.no_grad()
-def held_out_loss(step: Step, spec: TrainingSpec, world: World, place: Place) -> float:
+def held_out_loss(step: Step, world: World, place: Place, together: World | None) -> float:
     """Nats per supervised token of samples that are not trained on."""
     indices = range(len(step.samples))
-    parts = step.split(world.part(indices), place.tokens_per_pass)
+    parts = as_many(step.split(world.part(indices), place.tokens_per_pass), together)
     total = sum(float(step.loss(part)) for part in parts)
     return world.add([total])[0] / step.samples.num_supervised(indices)

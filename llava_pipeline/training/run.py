@@ -31,7 +31,7 @@ from llava_pipeline.errors import FrozenWeightsChanged, Interrupted, NothingToLe
 from llava_pipeline.model import adapter, projector
 from llava_pipeline.model.assemble import Llava, load
 from llava_pipeline.model.freeze import count_parameters, frozen_digest, learned, let_learn
-from llava_pipeline.model.memory import tokens_per_pass, training_bytes
+from llava_pipeline.model.memory import adapter_parameters, tokens_per_pass, training_bytes
 from llava_pipeline.model.speed import measured_flops
 from llava_pipeline.store import home, open_artifact, tell_disk_full
 from llava_pipeline.training import checkpoint, features
@@ -46,7 +46,9 @@ from llava_pipeline.training.device import (
 from llava_pipeline.training.job import TrainingJob, read_samples
 from llava_pipeline.training.llama import can_run, halve
 from llava_pipeline.training.loop import MAX_BAD_IN_A_ROW, Pace, Place, StepRecord, Task, make_learner, train
+from llava_pipeline.training.shard import gathered, shard, split_as
 from llava_pipeline.training.step import make_step
+from llava_pipeline.training.stored import in_order
 from llava_pipeline.training.work import useful_flops
 from llava_pipeline.training.world import World, join, leave
 
@@ -141,12 +143,17 @@ class Training:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.manual_seed(self.spec.seed)  # nothing draws a number today; who does so tomorrow goes on with the same
         self.dtype = choose_precision(self.spec.precision, world.device)
-        self.llava = load_frozen(job, world.device, self.dtype)
+        whole = job.spec.language_model.learns and job.spec.language_model.mode == "full"
+        split = whole and world.size > 1
+        self.llava = load_frozen(job, world.device, self.dtype, sharded=split)
+        self.sharded = shard(self.llava.model, self.dtype, world) if split else None
         self.learned = learned(self.llava.model, job.spec)
         self.before = frozen_digest(self.llava.model)
         self.task = self.make_task()
         self.learner = make_learner(self.learned, self.spec, self.dtype)
-        fitting = tokens_per_pass(self.llava.model.config.text_config, self.dtype.itemsize, world.device)
+        count = sum(parameter.numel() for parameter in self.learned.values())
+        text = self.llava.model.config.text_config
+        fitting = tokens_per_pass(text, self.dtype.itemsize, world.device, self.spec, count)
         self.place = Place(tokens_per_pass=self.spec.tokens_per_pass or fitting)
         self.peak_flops = 0.0
 
@@ -166,14 +173,15 @@ class Training:
             ready = features.keep(*arguments, folder, self.spec.features_gb * 1e9, self.world)
         else:
             ready = features.Computed(*arguments, device)
-        step = make_step(model, samples, ready, self.dtype, self.spec.step)
+        step = make_step(model, samples, ready, self.dtype, self.spec.step, sharded=self.sharded)
         if self.job.held_out is None or self.spec.held_out_samples == 0:
             return Task(step, ready)
         samples, pixels = read_samples(self.job.held_out, image_token)
         samples = samples.first(self.spec.held_out_samples)
         seen = features.Computed(model, pixels, normalise, device)
         seen.load(samples.images_of(range(len(samples))), [])
-        return Task(step, ready, make_step(model, samples, seen, self.dtype, self.spec.step, like=step))
+        held_out = make_step(model, samples, seen, self.dtype, self.spec.step, like=step, sharded=self.sharded)
+        return Task(step, ready, held_out)
 
     def features_key(self) -> str:
         """Of kept features: everything that they depend on."""
@@ -207,7 +215,9 @@ class Training:
             for record, pace in train(self.task, self.learner, self.spec, self.world, self.place, stopped=stop):
                 self.tell_step(record, pace, history, tell)
                 diverged = self.place.bad_in_a_row >= MAX_BAD_IN_A_ROW  # never saved: going on would hide it
-                if time.monotonic() - saved >= self.spec.checkpoint_seconds and not diverged:
+                # Who gathers weights needs all processes, so one clock decides here too.
+                due = self.world.rank == 0 and time.monotonic() - saved >= self.spec.checkpoint_seconds
+                if self.world.add([float(due)])[0] and not diverged:
                     self.save(history)
                     saved = time.monotonic()
             if share(self.spec, self.place.used) < 1:
@@ -244,10 +254,14 @@ class Training:
         refuse_another(state["identity"], self.job.identity(), allow_change, self.out)
         with torch.no_grad():
             for name, parameter in self.learned.items():
-                parameter.copy_(tensors[name])
+                parameter.copy_(split_as(tensors[name], parameter))
         moments = {
-            number: {key: tensors[f"{name}.{key}"] for key in MOMENTS if f"{name}.{key}" in tensors}
-            for number, name in enumerate(self.learned)
+            number: {
+                key: tensors[f"{name}.{key}"] if key == "step" else split_as(tensors[f"{name}.{key}"], parameter)
+                for key in MOMENTS
+                if f"{name}.{key}" in tensors
+            }
+            for number, (name, parameter) in enumerate(self.learned.items())
         }
         empty = self.learner.optimizer.state_dict()
         self.learner.optimizer.load_state_dict({**empty, "state": {n: m for n, m in moments.items() if m}})
@@ -261,19 +275,29 @@ class Training:
 
     def save(self, history: FileIO) -> None:
         """Write a checkpoint; the history is on the disk before it."""
+        tensors = {"generator": torch.get_rng_state(), **dict(self.learned_and_moments())}
         if self.world.rank:
+            self.help_to_gather(tensors)
             return
         os.fsync(history.fileno())
-        tensors: dict[str, Tensor] = {"generator": torch.get_rng_state()}
-        for name, parameter in self.learned.items():
-            tensors[name] = parameter.detach().cpu()
-            moments = self.learner.optimizer.state.get(parameter, {})
-            tensors |= {f"{name}.{key}": moments[key].detach().cpu() for key in MOMENTS if key in moments}
         state = {
             "identity": self.job.identity(), "place": asdict(self.place), "scaler": self.learner.scaler.state_dict(),
             "history_bytes": history.tell(),
         }  # fmt: skip
-        checkpoint.write(self.out / "checkpoints", self.place.used.steps, tensors, state)
+        checkpoint.write(self.out / "checkpoints", self.place.used.steps, tensors, state, on_host)
+
+    def learned_and_moments(self) -> Iterator[tuple[str, Tensor]]:
+        """What is learned, and what AdamW remembers of it, by name."""
+        for name, parameter in self.learned.items():
+            yield name, parameter
+            moments = self.learner.optimizer.state.get(parameter, {})
+            yield from ((f"{name}.{key}", moments[key]) for key in MOMENTS if key in moments)
+
+    def help_to_gather(self, tensors: dict[str, Tensor]) -> None:
+        """What the process that writes asks of the others: their parts of each tensor, when it is its turn."""
+        if self.sharded is not None:
+            for tensor in in_order(tensors).values():
+                gathered(tensor)
 
     def finish(self) -> None:
         """Prove that what was frozen is unchanged, and put the result in place.
@@ -284,7 +308,11 @@ class Training:
         after = frozen_digest(self.llava.model)
         if after != self.before:
             raise FrozenWeightsChanged("a frozen part changed during training; this is a defect, please report it")
+        weights = projector.state_of(self.llava.model) | self.learned
+        if self.spec.language_model.mode == "lora":
+            weights[adapter.SCALE] = adapter.scale(self.llava.model.model.language_model)
         if self.world.rank:
+            self.help_to_gather(weights)
             return
         measured, predicted = peak_memory(self.world.device), self.predicted_memory()
         log.info("peak memory %.2f GB, %.2f GB were predicted", measured / 1e9, predicted / 1e9)
@@ -297,11 +325,7 @@ class Training:
             "cost": self.place.used.seconds / 3600 * self.spec.price_per_hour,
             "num_learned": sum(parameter.numel() for parameter in self.learned.values()),
         }  # fmt: skip
-        weights = projector.state_of(self.llava.model)
-        weights |= {name: parameter.detach().float().cpu() for name, parameter in self.learned.items()}
-        if self.spec.language_model.mode == "lora":
-            weights[adapter.SCALE] = adapter.scale(self.llava.model.model.language_model)
-        checkpoint.write(self.out / "result", self.place.used.steps, weights, state)
+        checkpoint.write(self.out / "result", self.place.used.steps, weights, state, on_host)
 
     def predicted_memory(self) -> int:
         """What ``plan`` would have said of this training."""
@@ -310,18 +334,26 @@ class Training:
         stored = model.lm_head.weight.dtype.itemsize
         samples = self.task.step.samples
         in_step = self.spec.samples_per_step * len(samples.ids) // len(samples)
+        tokens, config = min(self.place.tokens_per_pass, in_step), model.config
+        counts["language model"] -= adapter_parameters(config.text_config, self.spec)
         return training_bytes(
-            model.config.text_config, counts, min(self.place.tokens_per_pass, in_step), self.dtype.itemsize, stored,
-            self.world.device.type == "cpu",
+            config.text_config, counts, tokens, self.dtype.itemsize, stored, self.world.device.type == "cpu",
+            self.spec, config.vision_config, int(config.image_seq_length), -(-in_step // tokens),
         )  # fmt: skip
 
 
-def load_frozen(job: TrainingJob, device: torch.device, dtype: torch.dtype) -> Llava:
+def on_host(tensor: Tensor) -> Tensor:
+    """All of a tensor, where files are written from; with the parts that other processes have."""
+    return gathered(tensor.detach()).cpu()
+
+
+def load_frozen(job: TrainingJob, device: torch.device, dtype: torch.dtype, sharded: bool = False) -> Llava:
     """The model where it is to run, its weights in the precision of products or, without loss, in the half of it; what
-    learns has a gradient, and what was learned before is in its place."""
+    learns has a gradient, and what was learned before is in its place. A language model that is to be ``sharded`` stays
+    on the host until then."""
     llava = load(job.model)
     whole = job.spec.language_model.learns and job.spec.language_model.mode == "full"
-    place(llava.model, device, dtype, learns_whole=whole)
+    place(llava.model, device, dtype, learns_whole=whole, sharded=sharded)
     language_model = llava.model.model.language_model
     if dtype == torch.float32 and job.spec.step.halve and not whole and can_run(llava.model.config.text_config):
         halve(language_model, llava.model.lm_head)

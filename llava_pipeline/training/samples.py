@@ -5,7 +5,7 @@ The order is a pure function of (seed, epoch), so the position in the data is on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -16,6 +16,7 @@ from llava_pipeline.errors import NothingToLearn
 from llava_pipeline.model.processor import IGNORE_INDEX
 
 NO_PICTURE = -1
+SAMPLES_AT_ONCE = 1 << 10  # what is found out about all tokens is found out of so many samples at a time
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,13 @@ class Samples:
 
     def first(self, count: int) -> Samples:
         """The first of them."""
-        count = min(count, len(self))
-        end = int(self.begins[count])
-        return Samples(self.ids[:end], self.labels[:end], self.begins[: count + 1], self.image[:count])
+        return self.between(0, min(count, len(self)))
+
+    def between(self, start: int, stop: int) -> Samples:
+        """Those from ``start`` on, up to ``stop``."""
+        begins = self.begins[start : stop + 1]
+        span = slice(int(begins[0]), int(begins[-1]))
+        return Samples(self.ids[span], self.labels[span], begins - begins[0], self.image[start:stop])
 
     def of(self, k: int) -> tuple[Tensor, Tensor]:
         """Ids and labels of sample ``k``, int64."""
@@ -64,23 +69,40 @@ class Samples:
     @cached_property
     def supervised(self) -> list[int]:
         """Supervised tokens of each sample."""
-        count = torch.cat([torch.zeros(1, dtype=torch.long), self._is_supervised().long().cumsum(0)])
-        return list(count[self.begins].diff().tolist())
+        return list(self._over_tokens(lambda block, owner: _count(block._is_supervised(), owner, len(block))).tolist())
 
     @cached_property
     def last_predictor(self) -> list[int]:
         """Where in each sample the token stands that predicts its last supervised one; -1 where none is."""
-        owner = torch.repeat_interleave(torch.arange(len(self)), self.begins.diff())
-        place = torch.arange(len(self.ids)) - self.begins[owner] - 1
-        place = torch.where(self._is_supervised(), place, -1)
-        last = torch.full((len(self),), -1).scatter_reduce(0, owner, place, "amax")
-        return list(last.tolist())
+
+        def last(block: Samples, owner: Tensor) -> Tensor:
+            place = torch.arange(len(block.ids)) - block.begins[owner] - 1
+            place = torch.where(block._is_supervised(), place, -1)
+            return torch.full((len(block),), -1).scatter_reduce(0, owner, place, "amax")
+
+        return list(self._over_tokens(last).tolist())
+
+    def have_token(self, token: int) -> Tensor:
+        """(N,) whether each sample has a token of this id."""
+        return self._over_tokens(lambda block, owner: _count(block.ids == token, owner, len(block))) > 0
+
+    def _over_tokens(self, found: Callable[[Samples, Tensor], Tensor]) -> Tensor:
+        """(N,) of what is found out about some samples and which of them each token is of."""
+        out = [torch.zeros(0, dtype=torch.long)]
+        for start in range(0, len(self), SAMPLES_AT_ONCE):
+            block = self.between(start, min(start + SAMPLES_AT_ONCE, len(self)))
+            out.append(found(block, torch.repeat_interleave(torch.arange(len(block)), block.begins.diff())))
+        return torch.cat(out)
 
     def _is_supervised(self) -> Tensor:
         """(T,) of all samples."""
         supervised = self.labels != IGNORE_INDEX
         supervised[self.begins[:-1]] = False
         return supervised
+
+
+def _count(which: Tensor, owner: Tensor, num: int) -> Tensor:
+    return torch.zeros(num, dtype=torch.long).index_add(0, owner, which.long())
 
 
 def collect(input_ids: Sequence[Tensor], labels: Sequence[Tensor], image: Sequence[int]) -> Samples:

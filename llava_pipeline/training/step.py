@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
+from llava_pipeline.model.processor import IGNORE_INDEX
 from llava_pipeline.spec import StepSpec
 from llava_pipeline.training.attention import attention, lay_out
 from llava_pipeline.training.llama import FrozenLlama, can_run, learns_whole
 from llava_pipeline.training.pack import Pack, make_pack, passes
 from llava_pipeline.training.plain import collate, loss_sum
 from llava_pipeline.training.samples import Samples, shared_prefix
+from llava_pipeline.training.shard import Sharded
 
 FEWEST_PREFIX_TOKENS = 4  # below, what is saved is less than what its queries of zeros cost
 Features = Callable[[list[int]], Tensor]
@@ -37,7 +39,8 @@ class Step(Protocol):
         """Passes of at most ``most`` tokens."""
 
     def loss(self, indices: Sequence[int], scale: float = 1.0) -> Tensor:
-        """Sum of the losses of one pass, in nats, (); ``scale`` is what it is multiplied by before ``backward``."""
+        """Sum of the losses of one pass, in nats, (); ``scale`` is what it is multiplied by before ``backward``. A pass
+        of no sample, where other processes have one: 0, and gradients of 0."""
 
 
 class PackedStep:
@@ -96,9 +99,9 @@ class PlainStep:
 
     def __init__(
         self, model: LlavaForConditionalGeneration, samples: Samples, features: Features,
-        dtype: torch.dtype = torch.float32, spec: StepSpec | None = None,
+        dtype: torch.dtype = torch.float32, spec: StepSpec | None = None, sharded: Sharded | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.samples, self.features = model, samples, features
+        self.model, self.samples, self.features, self.sharded = model, samples, features, sharded
         self.dtype = dtype if learns_whole(model) else torch.float32
         if spec is not None and spec.recompute:
             model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -111,22 +114,23 @@ class PlainStep:
 
     def loss(self, indices: Sequence[int], scale: float = 1.0) -> Tensor:
         """Sum of the losses of one pass."""
-        rows = [self.samples.of(k) for k in indices]
-        images = self.samples.images_of(indices)
         pad = int(self.model.config.pad_token_id)
+        rows = [self.samples.of(k) for k in indices] or [(torch.full((2,), pad), torch.full((2,), IGNORE_INDEX))]
+        images = self.samples.images_of(indices)
         batch = collate([ids for ids, _ in rows], [labels for _, labels in rows], self.features(images), pad).to(
             self.device
         )
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return loss_sum(self.model, batch)
+            return self.sharded(batch) if self.sharded is not None else loss_sum(self.model, batch)
 
 
 def make_step(
     model: LlavaForConditionalGeneration, samples: Samples, features: Features, dtype: torch.dtype, spec: StepSpec,
-    like: Step | None = None,
+    like: Step | None = None, sharded: Sharded | None = None,
 ) -> Step:  # fmt: skip
-    """The step for a model; with ``like``, one of the same model for other samples, which shares its weights."""
+    """The step for a model, or for one whose language model is ``sharded``; with ``like``, one of the same model for
+    other samples, which shares its weights."""
     if can_run(model.config.text_config) and not learns_whole(model):
         llama = like.llama if isinstance(like, PackedStep) else None
         return PackedStep(model, samples, features, dtype, spec, llama)
-    return PlainStep(model, samples, features, dtype, spec)
+    return PlainStep(model, samples, features, dtype, spec, sharded)

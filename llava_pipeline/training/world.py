@@ -1,5 +1,6 @@
 """The processes that train together: one, or as many as torchrun started. Each has the whole model and a part of every
-step's samples; what they exchange is the projector's gradient, 23 MB for the seed's shapes, and a few numbers."""
+step's samples; what they exchange is the projector's gradient, 23 MB for the seed's shapes, and a few numbers. Of a
+language model that learns whole each has a part (``shard.py``)."""
 
 from __future__ import annotations
 
@@ -31,6 +32,14 @@ class World:
         distributed.all_reduce(total)
         return [float(value) for value in total.tolist()]
 
+    def most(self, count: int) -> int:
+        """The largest of all processes' counts."""
+        if self.size == 1:
+            return count
+        largest = torch.tensor(count, device=self.device)
+        distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+        return int(largest)
+
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Sum the gradients over all processes, in one exchange; one that had no sample adds nothing."""
         gradients = []
@@ -38,7 +47,7 @@ class World:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
-        if self.size == 1:
+        if self.size == 1 or not gradients:
             return
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         distributed.all_reduce(flat)
