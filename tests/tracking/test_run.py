@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from llava_pipeline import store
-from llava_pipeline.contracts import Evidence, Inspection
+from llava_pipeline.contracts import Beginning, Evidence, Inspection
 from llava_pipeline.errors import MissingArtifact, TrackingError
 from llava_pipeline.spec import RunSpec
 from llava_pipeline.tracking import content, promotion, registry, verdict
@@ -72,7 +72,10 @@ def test_every_name_is_documented_and_every_documented_name_is_logged(
     while watched.run_id is None or watched.waiting:
         watched.ending.wait(0.05)
     watched.close()
-    recorded = record(spec, make_evaluation(), settings, one)
+    fresh = make_evaluation()
+    before = Beginning(registered_model="m", version="1", run_id="0" * 32, projector=fresh.projector.projector)
+    went_on = fresh.projector.model_copy(update={"began_with": before})
+    recorded = record(spec, fresh.model_copy(update={"projector": went_on}), settings, one)
     own = recorded.evaluation.projector.projector.digest
     evidence = Evidence(inspection=Inspection(problem=None, projector_digest=own), champion=None)
     rules = decide(recorded.evaluation, evidence, None, settings.gate)
