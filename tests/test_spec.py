@@ -51,7 +51,8 @@ def test_every_shipped_profile_loads_under_its_name(name: str) -> None:
 
 
 def test_the_shipped_profiles_are_the_known_ones() -> None:
-    assert set(profile_names()) == {"budget", "budget-b16", "easy-vqa", "pocket", "smol", "tiny"}
+    big = {"llava-1.5", "llama-3.1-8b", "smolvlm-like"}
+    assert set(profile_names()) == {"budget", "budget-b16", "easy-vqa", "pocket", "real-cpu", "smol", "tiny"} | big
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)
