@@ -1,4 +1,4 @@
-"""The language model as a GGUF that llama.cpp runs: Llama, Qwen 2 and Qwen 3, in f16 or q8_0."""
+"""The language model as a GGUF that llama.cpp runs: Llama, Mistral, Qwen 2 and Qwen 3, in f16 or q8_0."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from llava_pipeline.model.assemble import Llava
 Quantize = Literal["f16", "q8_0"]
 ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
+    "mistral": gguf.MODEL_ARCH.LLAMA,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
 }
+INTERLEAVED = ("llama", "mistral")
 BLOCK = 32  # weights that q8_0 scales together
 _FILE_TYPES = {"f16": LlamaFileType.MOSTLY_F16, "q8_0": LlamaFileType.MOSTLY_Q8_0}
 
@@ -67,7 +69,8 @@ def architecture_of(text: Any) -> Any:
         )
     if getattr(text, "hidden_act", "silu") != "silu":
         raise ExportRefused(f"the language model has {text.hidden_act} where llama.cpp has silu; use --to hf")
-    if getattr(text, "use_sliding_window", False):
+    window = getattr(text, "sliding_window", None) is not None and text.model_type == "mistral"
+    if window or getattr(text, "use_sliding_window", False):
         raise ExportRefused("the language model attends to a sliding window, which is not written; use --to hf")
     return found
 
@@ -113,9 +116,9 @@ def _weights(llava: Llava) -> Iterator[tuple[str, Tensor]]:
     """The language model's weights by transformers' names, as llama.cpp wants their rows."""
     text = llava.model.config.text_config
     for name, weight in llava.model.model.language_model.named_parameters():
-        if text.model_type == "llama" and ".q_proj." in name:
+        if text.model_type in INTERLEAVED and ".q_proj." in name:
             weight = interleave(weight, text.num_attention_heads)
-        elif text.model_type == "llama" and ".k_proj." in name:
+        elif text.model_type in INTERLEAVED and ".k_proj." in name:
             weight = interleave(weight, text.num_key_value_heads)
         yield f"model.{name}", weight
     if not llava.model.config.tie_word_embeddings:

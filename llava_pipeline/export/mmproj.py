@@ -39,7 +39,7 @@ _PROJECTOR = {"linear_1": "mm.0", "linear_2": "mm.2"}
 
 @dataclass(frozen=True, slots=True)
 class Tower:
-    """A tower as llama.cpp gets it: weights by their names there, sizes, and how faint its pixels and how loud it is."""
+    """A tower as llama.cpp gets it: weights by their names there, sizes, how faint its pixels are, how loud it is."""
 
     weights: State
     blocks: int
@@ -101,8 +101,8 @@ def refuse_what_llama_cpp_lacks(llava: Llava) -> None:
         )
     if vision.model_type == CLIP and vision.intermediate_size < 2 * vision.hidden_size:
         raise ExportRefused(
-            f"the tower's blocks have {vision.intermediate_size} hidden units for {vision.hidden_size} channels; a CLIP "
-            "tower for llama.cpp needs twice as many; use --to hf"
+            f"the tower's blocks have {vision.intermediate_size} hidden units for {vision.hidden_size} channels; a "
+            "CLIP tower for llama.cpp needs twice as many; use --to hf"
         )
     if config.projector_hidden_act != "gelu" or vision.hidden_act not in ACTIVATIONS:
         raise ExportRefused(

@@ -2,9 +2,9 @@
 
 Ours knows one form (``serving.conversation``): a turn's pictures first, its words on a line of their own, a system's
 words before the first question. Others write a plain string, words before a picture, words without the line break;
-llama.cpp makes one text of a turn, with a mark in the place of each picture. What stands before the template brings all of these
-to our form, so that the template itself stays as it was trained with. Generation marks are for training, and not every
-engine knows them.
+llama.cpp makes one text of a turn, with a mark in the place of each picture. What stands before the template brings all
+of these to our form, so that the template itself stays as it was trained with. Generation marks are for training, and
+not every engine knows them.
 """
 
 from __future__ import annotations

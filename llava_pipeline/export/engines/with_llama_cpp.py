@@ -17,6 +17,7 @@ TOLD_TOKENS = 200  # log-probabilities that are asked for
 ROOM = 64  # tokens of the context besides the image and the question
 SECONDS = 300.0
 MMPROJ = "mmproj-"
+NO_TOKEN = -1
 
 
 def answer(exported: Path, work: Path, asked: Asked) -> Told:
@@ -61,25 +62,26 @@ class _Client:
 
 
 def _reply(client: _Client, work: Path, asked: Asked, prompt: Prompt) -> Reply:
-    url = "data:image/png;base64," + base64.b64encode((work / prompt.picture).read_bytes()).decode()
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt.question}]
-    messages = [{"role": "user", "content": content}]
-    told = client.post("/v1/chat/completions", {
-        "messages": messages, "max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": TOLD_TOKENS,
-        "cache_prompt": False,
+    data = base64.b64encode((work / prompt.picture).read_bytes()).decode()
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+    messages = [{"role": "user", "content": [image, {"type": "text", "text": prompt.question}]}]
+    text = str(client.post("/apply-template", {"messages": messages})["prompt"])
+    ids = _input_ids(client, text, asked)
+    # Its chat tells no probabilities of an answer that ends at once.
+    told = client.post("/completion", {
+        "prompt": {"prompt_string": text, "multimodal_data": [data]}, "n_predict": 1, "temperature": 0.0,
+        "n_probs": TOLD_TOKENS, "cache_prompt": False,
     })  # fmt: skip
-    likely = told["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    if len(ids) != (read := int(told["tokens_evaluated"])):  # what was tokenised apart is not what was read
+        ids = (*ids[:read], *[NO_TOKEN] * (read - len(ids)))
+    likely = [token for one in told.get("completion_probabilities", ())[:1] for token in one["top_logprobs"]]
     known = {int(token["id"]): float(token["logprob"]) for token in likely}
-    ids = _input_ids(client, messages, asked)
-    if len(ids) != told["usage"]["prompt_tokens"]:  # what was tokenised apart is not what was read
-        ids = ids[: int(told["usage"]["prompt_tokens"])] + (-1,) * (int(told["usage"]["prompt_tokens"]) - len(ids))
-    logprobs = tuple(known.get(token) for token in prompt.tokens)
-    return Reply(input_ids=ids, first=max(known, key=lambda token: known[token]), logprobs=logprobs)
+    first = max(known, key=lambda token: known[token], default=NO_TOKEN)
+    return Reply(input_ids=ids, first=first, logprobs=tuple(known.get(token) for token in prompt.tokens))
 
 
-def _input_ids(client: _Client, messages: list[dict[str, Any]], asked: Asked) -> tuple[int, ...]:
-    """Its template and its tokenizer on what is between the pictures."""
-    text = client.post("/apply-template", {"messages": messages})["prompt"]
+def _input_ids(client: _Client, text: str, asked: Asked) -> tuple[int, ...]:
+    """Its tokenizer on what is between the pictures of a text that its template has made."""
     ids: list[int] = []
     for number, piece in enumerate(text.split(client.mark)):
         if number:
