@@ -189,7 +189,7 @@ def run_flow(spec: RunSpec, refresh: bool) -> dict[str, Any]:
         SpecError: this machine is too small for it; nothing has been fetched then.
     """
     from flows.local import local_defaults
-    from llava_pipeline.model.plan import refuse_too_small
+    from llava_pipeline.model.fit import refuse_too_small
     from llava_pipeline.tracking.client import check_reachable
     from llava_pipeline.tracking.listing import run as find_run
     from llava_pipeline.tracking.settings import load_settings

@@ -13,12 +13,14 @@ import torch
 
 from llava_pipeline.spec import TrainingSpec
 
+LEARNED_BYTES = 16  # of a parameter that learns, beside itself: gradient, two means, a copy on the way
 PROCESS_BYTES = 500_000_000  # a process that has loaded torch, transformers and peft and has trained a step, measured
 CPU_ACTIVATION_BYTES = 1_500_000_000  # that a pass on a CPU is sized for: larger ones are hardly faster
 CPU_FRAGMENTS = 0.6  # more than what lies in them takes the heap's blocks between a pass's tensors, measured
 SHARE_OF_FREE_MEMORY = 0.6  # of a card, that activations may take
 MOST_TOKENS, FEWEST_TOKENS = 1 << 15, 256
 HALVED_FROM = 1_000_000_000  # bytes of float32 weights that a CPU keeps in 16 bits where nothing is lost
+LAST_LAYER = 0.6  # of the last layer: the packed step runs what follows attention for supervised tokens alone
 NF4_BYTES = 0.516  # of a weight in 4 bits, with its block's scale quantized again
 CHUNK_ROWS = 256  # positions whose logits exist at once
 TOWER_BATCH = 64  # pictures that a tower is given at once
@@ -112,8 +114,8 @@ def bytes_per_token(text: Any, itemsize: int, spec: TrainingSpec | None = None) 
     layers = int(text.num_hidden_layers)
     if spec is not None and spec.step.recompute:
         return int(4 * layers * text.hidden_size + layer + passing)
-    packed = spec is None or mode_of(spec) != "full"
-    return int((layers - 0.9 * packed) * layer + passing)  # of the last layer, the packed step keeps what is supervised
+    spared = 0.0 if spec is not None and mode_of(spec) == "full" else LAST_LAYER
+    return int((layers - spared) * layer + passing)
 
 
 def tokens_per_pass(
@@ -122,7 +124,7 @@ def tokens_per_pass(
     """Tokens of one pass that a device has room for, by what is free on it now and what ``num_learned`` parameters will
     take for gradients and the optimizer's means."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    return fitting_tokens(text, itemsize, free - 12 * num_learned, device.type == "cpu", spec)
+    return fitting_tokens(text, itemsize, free - LEARNED_BYTES * num_learned, device.type == "cpu", spec)
 
 
 def fitting_tokens(text: Any, itemsize: int, free: float, on_cpu: bool, spec: TrainingSpec | None = None) -> int:
@@ -155,10 +157,10 @@ def memory_by_part(
         LIBRARIES: PROCESS_BYTES if numbers.on_cpu else 0,
         TOWER: shape.counts["vision tower"] * size,
         LANGUAGE: language_bytes(shape, spec, numbers),
-        PROJECTOR: shape.counts["projector"] * (20 if spec.projector.learns else 4),
+        PROJECTOR: shape.counts["projector"] * (4 + LEARNED_BYTES if spec.projector.learns else 4),
     }
     if adapter:
-        parts[ADAPTER] = adapter * 20
+        parts[ADAPTER] = adapter * (4 + LEARNED_BYTES)
     if learned:
         parts[GRADIENTS] = 8 * learned + max(0, gradients - (working if beside else 0))
     parts[ACTIVATIONS] = int(working * (1 + CPU_FRAGMENTS)) if numbers.on_cpu else working

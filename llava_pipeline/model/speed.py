@@ -31,6 +31,7 @@ def measured_flops(device: torch.device, dtype: torch.dtype, side: int = 1024, s
 
 PROBE_FLOPS = 2e10  # of a probe on a CPU: a third of a second
 PROBES = 3
+clock = time.monotonic  # replaced where others' work on this machine must not count
 
 
 def layer_flops(text: Any, spec: TrainingSpec, tokens: int, in_sample: int, dtype: torch.dtype) -> float:
@@ -89,9 +90,9 @@ def layer_flops(text: Any, spec: TrainingSpec, tokens: int, in_sample: int, dtyp
     step()
     taken = []
     for _ in range(PROBES):
-        started = time.monotonic()
+        started = clock()
         step()
-        taken.append(time.monotonic() - started)
+        taken.append(clock() - started)
     return total * each / statistics.median(taken)
 
 

@@ -46,7 +46,7 @@ from llava_pipeline.training.device import (
 from llava_pipeline.training.job import TrainingJob, read_samples
 from llava_pipeline.training.llama import can_run, halve
 from llava_pipeline.training.loop import MAX_BAD_IN_A_ROW, Pace, Place, StepRecord, Task, make_learner, train
-from llava_pipeline.training.shard import gathered, shard, split_as
+from llava_pipeline.training.shard import gathered, local, shard, split_as
 from llava_pipeline.training.step import make_step
 from llava_pipeline.training.stored import in_order
 from llava_pipeline.training.work import useful_flops
@@ -151,7 +151,7 @@ class Training:
         self.before = frozen_digest(self.llava.model)
         self.task = self.make_task()
         self.learner = make_learner(self.learned, self.spec, self.dtype)
-        count = sum(parameter.numel() for parameter in self.learned.values())
+        count = sum(local(parameter).numel() for parameter in self.learned.values())
         text = self.llava.model.config.text_config
         fitting = tokens_per_pass(text, self.dtype.itemsize, world.device, self.spec, count)
         self.place = Place(tokens_per_pass=self.spec.tokens_per_pass or fitting)

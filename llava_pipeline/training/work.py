@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from llava_pipeline.training.samples import NO_PICTURE, Samples
@@ -16,15 +17,21 @@ from llava_pipeline.training.samples import NO_PICTURE, Samples
 def useful_flops(model: LlavaForConditionalGeneration, samples: Samples, indices: Iterable[int]) -> float:
     """Floating-point operations of these samples as the plain model needs them, without padding."""
     config = model.config.text_config
-    body = sum(p.numel() for layer in model.model.language_model.layers for p in layer.parameters())
-    head, tower = model.lm_head.weight.numel(), sum(p.numel() for p in model.model.vision_tower.parameters())
+    body = sum(factor(p) * p.numel() for layer in model.model.language_model.layers for p in layer.parameters())
+    head = factor(model.lm_head.weight) * model.lm_head.weight.numel()
+    tower = sum(p.numel() for p in model.model.vision_tower.parameters())
     projector = sum(p.numel() for p in model.model.multi_modal_projector.parameters())
     places = int(model.config.image_seq_length)
     total = 0.0
     for k in indices:
         tokens, supervised = samples.num_tokens([k]), samples.num_supervised([k])
         attention = 2 * config.hidden_size * config.num_hidden_layers * tokens**2
-        total += 4 * body * tokens + 3 * attention + 4 * head * supervised
+        total += body * tokens + 3 * attention + head * supervised
         if int(samples.image[k]) != NO_PICTURE:
             total += 6 * projector * places + 2 * tower * (places + 1)
     return total
+
+
+def factor(weight: Tensor) -> int:
+    """Operations per number of a weight and token: forward, the gradient to the input and, where it learns, its own."""
+    return 6 if weight.requires_grad else 4

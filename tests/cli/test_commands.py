@@ -85,3 +85,18 @@ def test_help_names_every_command_and_loads_nothing_heavy() -> None:
     for name in ("plan", "run", "demo", "chat", "runs"):
         assert name in done.stdout
     assert json.loads(done.stdout.splitlines()[-1]) == []
+
+
+def test_a_plan_of_a_large_profile_is_one_document_with_all_of_it(command: Command) -> None:
+    document = command("plan", "--profile", "llama-3.1-8b", "--device", "t4", "--stage", "instruct", "--json").document
+    (device,) = document["devices"]
+    assert (document["stage"], document["device"], device["fits"]) == ("instruct", "t4", False)
+    assert device["memory_by_part"].keys() >= {"vision tower", "language model", "adapter and optimizer", "activations"}
+    assert [remedy["fits"] for remedy in device["remedies"]][-2:] == [True, True]
+    assert document["flops_training"] > document["flops_per_sample"] > 1e12
+
+
+def test_a_plan_for_people_shows_devices_side_by_side_and_what_would_have_to_change(command: Command) -> None:
+    out = " ".join(command("plan", "--profile", "llama-3.1-8b", "--device", "t4", "--device", "h200").out.split())
+    for part in ("NVIDIA T4", "H200", "memory on NVIDIA T4, fp16", "activations", "To fit NVIDIA T4: ", "List prices"):
+        assert part in out

@@ -92,3 +92,16 @@ def test_an_unexpected_error_is_one_sentence_and_a_trace_only_on_request(
     ended = command("--debug", "runs")
     assert ended.exit_code == 1
     assert "Traceback" in ended.err
+
+
+def test_a_machine_that_is_too_small_is_told_before_anything_is_fetched(command: Command, home: Path) -> None:
+    wide = "backbones.language_model.shape.intermediate_size=14336000"
+    ended = command("run", "--profile", "llama-3.1-8b", "--set", wide)
+    assert ended.exit_code == 2
+    assert "in the smallest pass; `llava-pipeline plan --profile llama-3.1-8b --stage align` says what" in ended.error
+    assert not (home / "store").exists()
+
+
+def test_an_unknown_device_is_told_with_the_known_ones(command: Command) -> None:
+    ended = command("plan", "--device", "m1")
+    assert (ended.exit_code, ended.error.startswith("no device 'm1'; there are here, t4, ")) == (2, True)

