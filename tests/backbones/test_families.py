@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from llava_pipeline.backbones.fetch import fetch
 from llava_pipeline.contracts import Backbones
 from llava_pipeline.errors import IncompatibleParts, WeightsMismatch
 from llava_pipeline.evaluation.read import Job, Limits, read, stop_ids
-from llava_pipeline.model.assemble import Llava, assemble, describe
+from llava_pipeline.model.assemble import Llava, assemble, check_image_tokens, describe
 from llava_pipeline.model.families import num_image_tokens
 from llava_pipeline.model.projector import identity
 from llava_pipeline.model.tower import feature_width, pixel_shuffle, tower_features
@@ -311,6 +312,28 @@ def test_a_context_shorter_than_a_picture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleParts, match=told):
         assemble(parts, ModelSpec())
     assert assemble(parts, ModelSpec(pixel_shuffle=2)).processor.num_image_tokens == 4
+
+
+@pytest.mark.parametrize("template", ["llava", "zephyr", "plain"])
+@pytest.mark.parametrize("without", [["bos_token"], ["pad_token"], ["bos_token", "pad_token"]], ids="+".join)
+def test_a_tokenizer_may_lack_a_beginning_and_padding(tmp_path: Path, without: list[str], template: Any) -> None:
+    parts_of(tmp_path)
+    path = tmp_path / "language_model" / "tokenizer_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in without}))
+    language_model = fetch(FolderBackbone(path=str(tmp_path / "language_model")), None, 0)
+    tower = fetched(TOWERS["siglip"][0], tmp_path / "siglip")
+    spec = FULL.model_copy(update={"chat_template": template})
+    llava = assemble(Backbones(vision_tower=tower, language_model=language_model), spec)
+    check_image_tokens(llava)
+    tokenizer = llava.processor.tokenizer
+    assert tokenizer.pad_token_id == llava.model.config.pad_token_id is not None
+    assert len(tokenizer) == llava.model.config.text_config.vocab_size
+    begins = tokenizer.decode(llava.processor.prompt("?")[:1])
+    assert (begins == "<s>") == ("bos_token" not in without)
+    case = Case(llava.model, samples_of(llava), pictures(llava))
+    assert_same(
+        ours(case, make_step(case.model, case.samples, case.features, torch.float32, StepSpec()), ALL), plain(case, ALL)
+    )
 
 
 def test_a_tokenizer_that_owns_the_image_token_is_refused(tmp_path: Path) -> None:
