@@ -32,11 +32,13 @@ from llava_pipeline.model.projector import identity
 from llava_pipeline.model.tower import feature_width, pixel_shuffle, tower_features
 from llava_pipeline.serving.engine import Engine
 from llava_pipeline.spec import FolderBackbone, ModelSpec, StepSpec
-from llava_pipeline.training.step import PackedStep, make_step
+from llava_pipeline.training.step import PackedStep, PlainStep, make_step
 from tests.backbones.families import FULL, LANGUAGE_MODELS, TOWER, TOWERS, fetched, joined, lively
 from tests.evaluation.test_read import MAX_NEW_TOKENS, one_by_one, prompts_of, question_of
 from tests.serving.test_engine import asked, generated
-from tests.tiny import CONVERSATIONS, NUM_PICTURES, pictures, samples_of
+from tests.tiny import CONVERSATIONS, NUM_PICTURES, features_of, pictures, samples_of
+from tests.training.test_lora import LORA, with_adapter
+from tests.training.test_lora import gradients as learned_by
 from tests.training.test_step import ALL, Case, assert_same, gradients, ours, plain
 
 PAIRS = [(tower, "llama") for tower in TOWERS] + [("dinov2", name) for name in LANGUAGE_MODELS if name != "llama"]
@@ -98,6 +100,20 @@ def test_a_packed_step_has_the_loss_and_gradient_of_the_plain_forward(pair: Pair
     assert isinstance(made, PackedStep)
     assert_same(ours(case, made, ALL), expected)
     assert_same(ours(case, made, ALL, most=60), expected)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral"])
+def test_an_adapter_learns_in_the_packed_step_as_peft_does(name: str, tmp_path: Path) -> None:
+    llava = with_adapter(joined(TOWERS["siglip"][0], LANGUAGE_MODELS[name], FULL, tmp_path), LORA)
+    samples, features = samples_of(llava), features_of(llava)
+    expected = learned_by(llava, PlainStep(llava.model, samples, lambda images: features[images]), LORA)
+    made = make_step(llava.model, samples, lambda images: features[images], torch.float32, StepSpec())
+    assert isinstance(made, PackedStep)
+    found = learned_by(llava, made, LORA)
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert found[1].keys() == expected[1].keys()
+    for weight, gradient in expected[1].items():
+        assert (found[1][weight] - gradient).norm() <= 1e-4 * gradient.norm(), weight
 
 
 def test_generation_with_a_cache_is_generation_without(pair: Pair) -> None:
