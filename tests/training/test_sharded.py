@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from llava_pipeline.backbones.fetch import fetch
 from llava_pipeline.contracts import AssembledModel
 from llava_pipeline.model import projector
 from llava_pipeline.model.assemble import Llava, assemble, describe
@@ -32,6 +33,7 @@ from tests.training.job import (
     a_job,
     checkpoints,
     history,
+    nursery,
     outcome,
     samples_artifact,
     train,
@@ -118,8 +120,6 @@ def test_in_16_bits_two_processes_learn_nearly_what_one_does(whole: Make, tmp_pa
 
 
 def test_a_head_of_its_own_is_split_too(processor: Processor, assembled: AssembledModel, tmp_path: Path) -> None:
-    from llava_pipeline.backbones.fetch import fetch
-
     part = SPEC.backbones.language_model
     untied = part.model_copy(update={"overrides": part.overrides | {"tie_word_embeddings": False}})
     backbones = assembled.backbones.model_copy(update={"language_model": fetch(untied, None, 0)})
@@ -145,22 +145,23 @@ def test_each_process_holds_half(whole: Make, out: Path, shared: Llava) -> None:
     assert result(out)[1]["num_processes"] == 2
 
 
-@pytest.mark.parametrize("killed", [0, 1])
-def test_killed_in_the_middle_it_comes_to_the_same_bytes(whole: Make, tmp_path: Path, killed: int) -> None:
-    job = whole(checkpoint_seconds=0, max_steps=8)
+def test_killed_twice_it_comes_to_the_same_bytes(whole: Make, tmp_path: Path) -> None:
+    job, out = whole(checkpoint_seconds=0, max_steps=8), tmp_path / "killed"
     train_together(job, tmp_path / "whole")
+    saved = 0
+    for first in (0, 1):
 
-    def kill(ranks: list[Trainer]) -> None:
-        ranks[0].until(4)
-        ranks[killed].send(signal.SIGKILL)
-        ranks[1 - killed].send(signal.SIGKILL)
+        def kill(ranks: list[Trainer], first: int = first) -> None:
+            ranks[0].until(3)
+            ranks[first].send(signal.SIGKILL)
+            ranks[1 - first].send(signal.SIGKILL)
 
-    train_together(job, tmp_path / "killed", faults=[("sleep_in_steps", 0.05)], code=-signal.SIGKILL, meanwhile=kill)
-    saved = int(checkpoints(tmp_path / "killed")[-1].name)
-    assert saved in (3, 4, 5)
-    ranks = train_together(job, tmp_path / "killed")
+        train_together(job, out, faults=[("sleep_in_steps", 0.05)], code=-signal.SIGKILL, meanwhile=kill)
+        assert saved + 2 <= int(checkpoints(out)[-1].name) <= saved + 4
+        saved = int(checkpoints(out)[-1].name)
+    ranks = train_together(job, out)
     assert ranks[0].steps == list(range(saved + 1, 9))
-    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    assert outcome(out) == outcome(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("first", [1, 2])
@@ -176,21 +177,12 @@ def test_another_number_of_processes_goes_on_with_it(whole: Make, tmp_path: Path
         train_together(job, out, faults=[("sleep_in_steps", 0.05)], code=143, meanwhile=stop)
         train(job, out)
     else:
-        stopped = train_until(job, out, 3)
-        assert stopped == 143
+        alone = nursery().start(job, out, faults=[("sleep_in_steps", 0.05)])
+        stop([alone])
+        assert alone.end() == 143
         train_together(job, out)
     train(job, tmp_path / "one")
     assert_learned_alike(out, tmp_path / "one")
-
-
-def train_until(job: Path, out: Path, step: int) -> int:
-    """One process, asked to stop at a step; how it ended."""
-    from tests.training.job import nursery
-
-    trainer = nursery().start(job, out, faults=[("sleep_in_steps", 0.05)])
-    trainer.until(step)
-    trainer.send(signal.SIGTERM)
-    return trainer.end()
 
 
 def test_what_is_left_behind_fits_a_plain_model(whole: Make, out: Path, llava: Llava, tmp_path: Path) -> None:
