@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA_3, _QWEN_2 = _WORDS + r"\p{N}{1,3}" + _REST, _WORDS + r"\p{N}" + _REST
-_SPLITS = {_LLAMA_3: "llama-bpe", _QWEN_2: "qwen2"}
+LLAMA_3, QWEN_2 = _WORDS + r"\p{N}{1,3}" + _REST, _WORDS + r"\p{N}" + _REST
+_SPLITS = {LLAMA_3: "llama-bpe", QWEN_2: "qwen2"}
 _WORST = -1e9  # score of a piece that no merge makes
 
 

@@ -17,7 +17,7 @@ from llava_pipeline.export.huggingface import write_checkpoint
 from llava_pipeline.export.mmproj import refuse_what_llama_cpp_lacks, write_mmproj
 from llava_pipeline.export.verify import BOUNDS, Check, Question, To, expect, refuse_if_missing, verify
 from llava_pipeline.model import adapter, projector
-from llava_pipeline.model.assemble import Llava, assemble, describe
+from llava_pipeline.model.assemble import Llava, State, assemble, describe
 from llava_pipeline.spec import Frozen, RunSpec
 from llava_pipeline.stages.fetch import fetch_backbones
 from llava_pipeline.stages.recorded import own_held_out
@@ -124,14 +124,19 @@ def trained(
     backbones = fetch_backbones(spec.backbones)
     llava = assemble(backbones, spec.model)
     state = projector.load(registry.download_projector(run_id, None, settings), describe(llava, backbones, spec.model))
-    projector.put(llava.model, state)
-    if any(name.startswith(adapter.PREFIX) for name in state):
-        adapter.merge(llava.model.model.language_model)
+    put_plain(llava, state)
     facts = Facts(
         name=registered_model, title=spec.title, run_id=run_id, profile=spec.profile, headline=headline(evaluation),
         data=evaluation.projector.data.origin, parts=backbones,
     )  # fmt: skip
     return llava, facts
+
+
+def put_plain(llava: Llava, state: State) -> None:
+    """Make a model what was trained, in plain weights: an adapter is folded into them."""
+    projector.put(llava.model, state)
+    if any(name.startswith(adapter.PREFIX) for name in state):
+        adapter.merge(llava.model.model.language_model)
 
 
 def held_out_questions(evaluation: Evaluation, spec: RunSpec, count: int) -> list[Question]:

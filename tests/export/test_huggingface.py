@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
 from transformers import AutoProcessor
 
 from llava_pipeline.errors import ExportRefused
 from llava_pipeline.export.card import Facts
+from llava_pipeline.export.huggingface import exported_weights
 from llava_pipeline.export.template import exported_template, without_marks
-from llava_pipeline.export.verify import Question, picture_difference
+from llava_pipeline.export.verify import Question, expect, picture_difference
+from llava_pipeline.model import adapter, projector
 from llava_pipeline.model.assemble import Llava
 from llava_pipeline.serving.conversation import Turn, prompt_of
-from llava_pipeline.stages.export import Exported, export
+from llava_pipeline.spec import LoraSpec
+from llava_pipeline.stages.export import Exported, export, put_plain
 from llava_pipeline.store import MANIFEST, describe
 from tests.backbones.families import LANGUAGE_MODELS, TOWERS, joined
 
@@ -108,3 +114,23 @@ def test_pixel_shuffle_is_refused(facts: Facts, tmp_path: Path) -> None:
     llava = joined(make, LANGUAGE_MODELS["llama"], spec.model_copy(update={"pixel_shuffle": 2}), tmp_path)
     with pytest.raises(ExportRefused, match=r"model.pixel_shuffle=1 to export"):
         export(llava, facts, "hf", tmp_path / "out", "f16", [])
+
+
+def test_an_adapter_is_folded_into_the_weights(pocket: Llava, questions: list[Question]) -> None:
+    with_adapter = replace(pocket, model=copy.deepcopy(pocket.model))
+    language_model = with_adapter.model.model.language_model
+    adapter.inject(language_model, LoraSpec(), 0)
+    with torch.no_grad():
+        for name, parameter in adapter.parameters(language_model).items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
+    folded = replace(pocket, model=copy.deepcopy(pocket.model))
+    learned = {name: parameter.detach() for name, parameter in adapter.parameters(language_model).items()}
+    own = projector.state_of(with_adapter.model)
+    put_plain(folded, own | learned | {adapter.SCALE: adapter.scale(language_model)})
+    names = [name for name, _ in exported_weights(folded)]
+    assert names == [name for name, _ in exported_weights(pocket)]
+    told = [[one.logprobs for one in expect(llava, questions[:2])] for llava in (pocket, with_adapter, folded)]
+    for before, here, there in zip(*told, strict=True):
+        assert (here - before).abs().max() > 0.1
+        torch.testing.assert_close(there, here, atol=1e-3, rtol=0)
