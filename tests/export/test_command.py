@@ -8,25 +8,17 @@ from pathlib import Path
 import pytest
 
 from llava_pipeline.export.verify import LLAMA_CPP
-from llava_pipeline.tracking.settings import FILE_VARIABLE, URI_VARIABLE, Settings
+from llava_pipeline.tracking.settings import URI_VARIABLE
 from tests.cli.conftest import Command, command
-from tests.deploy.recorded import record_here, train_here
+from tests.serving.served import copied, trained_home
 
-__all__ = ["command"]
+__all__ = ["command", "trained_home"]
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with one version of the tiny profile's projector."""
-    folder = tmp_path_factory.mktemp("recorded")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLAVA_PIPELINE_HOME", str(folder / "home"))
-        for variable in (URI_VARIABLE, FILE_VARIABLE, "MLFLOW_REGISTRY_URI"):
-            patch.delenv(variable, raising=False)
-        patch.chdir(folder)
-        _, data, trained = train_here()
-        record_here(trained, data, Settings())
-    return folder
+def recorded(trained_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with a recorded champion of the pocket profile."""
+    return copied(trained_home, tmp_path_factory.mktemp("recorded") / "home").parent
 
 
 @pytest.fixture(autouse=True)
@@ -37,12 +29,12 @@ def in_its_home(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_version_is_exported_verified_and_told(command: Command, tmp_path: Path) -> None:
-    ended = command("export", "1", str(tmp_path / "out"), "--to", "hf", "--profile", "tiny", "--prompts", "4", "--json")
+    ended = command("export", "champion", str(tmp_path / "out"), "--to", "hf", "--prompts", "4", "--json")
     assert ended.exit_code == 0, ended.err
     assert ended.document["verified"]
     assert ended.document["checks"][0]["num_same_ids"] == 4
     assert json.loads((tmp_path / "out" / "verification.json").read_text()) == ended.document["checks"]
-    taken = command("export", "1", str(tmp_path / "out"), "--profile", "tiny")
+    taken = command("export", "1", str(tmp_path / "out"))
     assert (taken.exit_code, "exists already" in taken.error) == (2, True)
 
 
@@ -50,13 +42,13 @@ def test_what_cannot_be_done_is_told_in_one_sentence(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = str(tmp_path / "out")
-    unknown = command("export", "9", out, "--profile", "tiny")
+    unknown = command("export", "9", out)
     assert (unknown.exit_code, "no version" in unknown.error or "9" in unknown.error) == (2, True)
-    contradiction = command("export", "1", out, "--quantize", "q8_0", "--profile", "tiny")
+    contradiction = command("export", "1", out, "--quantize", "q8_0")
     assert (contradiction.exit_code, contradiction.error) == (
         2, "--quantize q8_0 is for --to gguf; leave it out, or export to gguf",
     )  # fmt: skip
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == LLAMA_CPP else object())
-    missing = command("export", "1", out, "--to", "gguf", "--profile", "tiny")
+    missing = command("export", "1", out, "--to", "gguf")
     assert (missing.exit_code, "pip install xllamacpp" in missing.error) == (2, True)
     assert not Path(out).exists()
