@@ -38,7 +38,7 @@ def can_run(config: Any) -> bool:
 
 def learns_whole(model: Any) -> bool:
     """Whether the weights themselves are learned, which this file holds to be frozen."""
-    return bool(model.model.language_model.norm.weight.requires_grad)
+    return bool(model.get_input_embeddings().weight.requires_grad)
 
 
 @dataclass(frozen=True, slots=True)

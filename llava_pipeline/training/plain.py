@@ -69,8 +69,9 @@ def embed(model: LlavaForConditionalGeneration, input_ids: torch.Tensor, feature
 def loss_sum(model: LlavaForConditionalGeneration, batch: Batch, per_sample: bool = False) -> torch.Tensor:
     """Cross entropy summed over supervised tokens, () or, per sample, (B,). Divide by the step's own token count."""
     hidden = model.model.language_model(
-        inputs_embeds=embed(model, batch.input_ids, batch.features), attention_mask=batch.attention_mask
-    ).last_hidden_state
+        inputs_embeds=embed(model, batch.input_ids, batch.features), attention_mask=batch.attention_mask,
+        use_cache=False,
+    ).last_hidden_state  # fmt: skip
     supervised = batch.labels[:, 1:] != IGNORE_INDEX
     logits = model.lm_head(hidden[:, :-1][supervised]).float()
     losses = torch.nn.functional.cross_entropy(logits, batch.labels[:, 1:][supervised], reduction="none")

@@ -61,7 +61,8 @@ def shard(model: LlavaForConditionalGeneration, dtype: torch.dtype, world: World
         param_dtype=dtype if dtype.itemsize == 2 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     whole = Sharded(model)
-    for module in (*model.model.language_model.layers, whole):
+    layers = next(part for part in model.model.language_model.children() if isinstance(part, nn.ModuleList))
+    for module in (*layers, whole):
         made: Any = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         # Losses are divided by the tokens of the whole step, so gradients are sums over processes.
         made.set_gradient_divide_factor(NO_DIVISION)
