@@ -16,7 +16,8 @@ from llava_pipeline.spec import TrainingSpec
 LEARNED_BYTES = 16  # of a parameter that learns, beside itself: gradient, two means, a copy on the way
 PROCESS_BYTES = 500_000_000  # a process that has loaded torch, transformers and peft and has trained a step, measured
 CPU_ACTIVATION_BYTES = 1_500_000_000  # that a pass on a CPU is sized for: larger ones are hardly faster
-CPU_FRAGMENTS = 0.6  # more than what lies in them takes the heap's blocks between a pass's tensors, measured
+CPU_FRAGMENTS = 0.6  # of what a pass's tensors take, that a CPU's heap keeps between them besides, measured
+CPU_FRAGMENTS_AGAIN = 2.3  # the same where activations are computed again: few stay, and many come and go
 SHARE_OF_FREE_MEMORY = 0.6  # of a card, that activations may take
 MOST_TOKENS, FEWEST_TOKENS = 1 << 15, 256
 HALVED_FROM = 1_000_000_000  # bytes of float32 weights that a CPU keeps in 16 bits where nothing is lost
@@ -163,7 +164,8 @@ def memory_by_part(
         parts[ADAPTER] = adapter * (4 + LEARNED_BYTES)
     if learned:
         parts[GRADIENTS] = 8 * learned + max(0, gradients - (working if beside else 0))
-    parts[ACTIVATIONS] = int(working * (1 + CPU_FRAGMENTS)) if numbers.on_cpu else working
+    fragments = CPU_FRAGMENTS_AGAIN if spec.step.recompute else CPU_FRAGMENTS
+    parts[ACTIVATIONS] = int(working * (1 + fragments)) if numbers.on_cpu else working
     parts[HEAD] = head_bytes(shape, spec, numbers, tokens)
     if matrix := matrix_bytes(text, spec, numbers):
         parts[MATRIX] = matrix
