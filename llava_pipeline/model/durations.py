@@ -29,7 +29,8 @@ def operations(spec: RunSpec, sizes: Sizes) -> dict[str, float]:
     text, training, counts = sizes.text, spec.training, sizes.shape.counts
     layers, again = text.num_hidden_layers, 1.0 if training.step.recompute else 0.0
     each = layer_operations(text, training, sizes.tokens)
-    forward = 2 * sizes.tokens * sum(a * b for a, b in matrices(text).values())
+    # torch computes again up to the last tensor that is needed, so not a layer's last product.
+    forward = 2 * sizes.tokens * sum(a * b for name, (a, b) in matrices(text).items() if name != "down_proj")
     attention = 2 * text.num_attention_heads * head_size(text) * sizes.tokens**2
     pictures = sizes.shape.image_tokens + 1
     tower = 2 * counts["vision tower"] * pictures + 4 * sizes.shape.vision.hidden_size * pictures**2 * (
