@@ -299,7 +299,7 @@ class LoraSpec(Frozen):
         description="Matrices of each layer that have one.",
     )
     quantize: Literal["nf4"] | None = Field(
-        None, description="nf4 holds the frozen matrices in 4 bits (QLoRA): needs a CUDA card and bitsandbytes."
+        None, description="nf4 holds the frozen matrices in 4 bits (QLoRA): needs bitsandbytes."
     )
 
 

@@ -56,6 +56,8 @@ def place(
         frozen += [model.model.language_model, model.lm_head]
     for part in frozen:
         for parameter in part.parameters():
+            if not parameter.dtype.is_floating_point:  # in 4 bits
+                continue
             parameter.data = parameter.data.to(device, precision)
     for part in (model.model.vision_tower, model.model.multi_modal_projector) if sharded else (model,):
         part.to(device)

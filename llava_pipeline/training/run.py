@@ -32,6 +32,7 @@ from llava_pipeline.model import adapter, projector
 from llava_pipeline.model.assemble import Llava, load
 from llava_pipeline.model.freeze import count_parameters, frozen_digest, learned, let_learn
 from llava_pipeline.model.memory import adapter_parameters, tokens_per_pass, training_bytes
+from llava_pipeline.model.quantize import to_nf4
 from llava_pipeline.model.speed import measured_flops
 from llava_pipeline.store import home, open_artifact, tell_disk_full
 from llava_pipeline.training import checkpoint, features
@@ -353,9 +354,13 @@ def load_frozen(job: TrainingJob, device: torch.device, dtype: torch.dtype, shar
     on the host until then."""
     llava = load(job.model)
     whole = job.spec.language_model.learns and job.spec.language_model.mode == "full"
-    place(llava.model, device, dtype, learns_whole=whole, sharded=sharded)
     language_model = llava.model.model.language_model
-    if dtype == torch.float32 and job.spec.step.halve and not whole and can_run(llava.model.config.text_config):
+    in_four_bits = job.spec.lora.quantize is not None and job.spec.language_model.learns
+    if in_four_bits:
+        to_nf4(language_model, dtype)
+    place(llava.model, device, dtype, learns_whole=whole, sharded=sharded)
+    lossless = job.spec.step.halve and not whole and not in_four_bits and can_run(llava.model.config.text_config)
+    if dtype == torch.float32 and lossless:
         halve(language_model, llava.model.lm_head)
     if job.begin is not None:
         begin = open_artifact(job.begin)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from llava_pipeline.model.processor import IGNORE_INDEX
+from llava_pipeline.model.quantize import is_quantized
 from llava_pipeline.spec import StepSpec
 from llava_pipeline.training.attention import attention, lay_out
 from llava_pipeline.training.llama import FrozenLlama, can_run, learns_whole
@@ -130,7 +131,8 @@ def make_step(
 ) -> Step:  # fmt: skip
     """The step for a model, or for one whose language model is ``sharded``; with ``like``, one of the same model for
     other samples, which shares its weights."""
-    if can_run(model.config.text_config) and not learns_whole(model):
+    language_model = model.model.language_model
+    if can_run(model.config.text_config) and not learns_whole(model) and not is_quantized(language_model):
         llama = like.llama if isinstance(like, PackedStep) else None
         return PackedStep(model, samples, features, dtype, spec, llama)
     return PlainStep(model, samples, features, dtype, spec, sharded)

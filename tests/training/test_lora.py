@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 
 from llava_pipeline.contracts import AssembledModel
-from llava_pipeline.errors import IncompatibleParts, WeightsMismatch
+from llava_pipeline.errors import IncompatibleParts, SpecError, WeightsMismatch
 from llava_pipeline.model import adapter, projector
 from llava_pipeline.model.assemble import Llava
 from llava_pipeline.model.freeze import frozen_digest, learned, let_learn
+from llava_pipeline.model.quantize import to_nf4
 from llava_pipeline.spec import LoraSpec, PartSpec, StepSpec, TrainingSpec
+from llava_pipeline.training.device import place
 from llava_pipeline.training.step import PackedStep, PlainStep, Step, make_step
 from tests.tiny import features_of, samples_of
 
@@ -199,3 +202,41 @@ def test_going_on_with_another_rank_or_other_matrices_is_refused(adapted: Llava,
 def test_targets_that_the_model_does_not_have_are_refused(lively: Llava) -> None:
     with pytest.raises(IncompatibleParts, match="no matrix named c_attn"):
         let_learn(lively.model, LORA.model_copy(update={"lora": LoraSpec(targets=("c_attn",))}))
+
+
+def test_a_model_in_four_bits_learns_what_a_plain_one_of_the_same_numbers_does(lively: Llava) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = state_of(with_adapter(lively, LORA))
+    plain = copy.deepcopy(lively)
+    language_model = lively.model.model.language_model
+    adapter.remove(language_model)
+    bytes_before = sum(p.nbytes for p in language_model.layers.parameters())
+    to_nf4(language_model, torch.float32)
+    place(lively.model, torch.device("cpu"), torch.float32)
+    assert sum(p.nbytes for p in language_model.layers.parameters()) < bytes_before / 6
+    before = frozen_digest(lively.model)
+    projector.put(lively.model, state)
+    let_learn(lively.model, LORA)
+    with torch.no_grad():
+        for name, layer in adapter.layers(plain.model.model.language_model).items():
+            small = language_model.get_submodule(name).base_layer.weight
+            layer.base_layer.weight.copy_(dequantize_4bit(small.data, small.quant_state))
+    samples, features = samples_of(plain), features_of(plain)
+    expected = gradients(plain, PlainStep(plain.model, samples, lambda images: features[images]), LORA)
+    step = make_step(lively.model, samples, lambda images: features[images], torch.float32, StepSpec())
+    assert isinstance(step, PlainStep)
+    found = gradients(lively, step, LORA)
+    assert found[0] == pytest.approx(expected[0], rel=1e-4)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert (found[1][name] - gradient).norm() <= 1e-3 * gradient.norm(), name
+    assert frozen_digest(lively.model) == before
+
+
+def test_without_bitsandbytes_four_bits_are_refused_with_the_remedy(
+    lively: Llava, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
+    with pytest.raises(SpecError, match=r"pip install 'llava-pipeline\[qlora\]'"):
+        to_nf4(lively.model.model.language_model, torch.float32)
