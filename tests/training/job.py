@@ -252,10 +252,10 @@ def train(job: Path, out: Path, *arguments: str, faults: Sequence[Fault] = (), c
 
 
 def train_together(
-    job: Path, out: Path, *arguments: str, faults: Sequence[Fault] = (), code: int = 0,
+    job: Path, out: Path, *arguments: str, faults: Sequence[Fault] = (), code: int | tuple[int, int] = 0,
     meanwhile: Callable[[list[Trainer]], None] = lambda ranks: None,
 ) -> list[Trainer]:  # fmt: skip
-    """A training by two processes, to its end."""
+    """A training by two processes, to its end; both have this return code, or each its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -264,9 +264,9 @@ def train_together(
         nursery().start(job, out, *arguments, faults=faults, env=address | {"RANK": str(rank)}) for rank in range(2)
     ]
     meanwhile(ranks)
-    for trainer in ranks:
+    for trainer, expected in zip(ranks, code if isinstance(code, tuple) else (code, code), strict=True):
         found = trainer.end()
-        assert found == code, (found, trainer.events[-2:], trainer.complaint[-2000:])
+        assert found == expected, (found, trainer.events[-2:], trainer.complaint[-2000:])
     return ranks
 
 

@@ -33,6 +33,7 @@ from tests.training.job import (
     a_job,
     checkpoints,
     history,
+    left_over,
     nursery,
     outcome,
     samples_artifact,
@@ -162,6 +163,19 @@ def test_killed_twice_it_comes_to_the_same_bytes(whole: Make, tmp_path: Path) ->
     ranks = train_together(job, out)
     assert ranks[0].steps == list(range(saved + 1, 9))
     assert outcome(out) == outcome(tmp_path / "whole")
+
+
+def test_killed_while_weights_are_gathered_for_a_checkpoint_it_begins_anew(whole: Make, out: Path) -> None:
+    job = whole(checkpoint_seconds=0, max_steps=3)
+    in_the_middle = ("die_in", "training/stored.py", "write_tensors", 650)
+    ranks = train_together(job, out, faults=[in_the_middle], code=(-signal.SIGKILL, 1))
+    assert ranks[0].steps == [1]
+    assert checkpoints(out) == []
+    (half_written,) = left_over(out)
+    assert (half_written / checkpoint.TENSORS).stat().st_size > 0
+    assert train_together(job, out)[0].steps == [1, 2, 3]
+    assert [row["step"] for row in history(out)] == [1, 2, 3]
+    assert left_over(out) == []
 
 
 @pytest.mark.parametrize("first", [1, 2])
