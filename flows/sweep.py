@@ -26,7 +26,16 @@ from flows.stages import (
     train_projector,
     validate_stream,
 )
-from llava_pipeline.contracts import AssembledModel, Combination, Evaluation, SweepRun, Swept, Trial, ValidatedData
+from llava_pipeline.contracts import (
+    AssembledModel,
+    Beginning,
+    Combination,
+    Evaluation,
+    SweepRun,
+    Swept,
+    Trial,
+    ValidatedData,
+)
 from llava_pipeline.errors import Diverged, SpecError
 from llava_pipeline.spec import RunSpec, load_spec
 
@@ -105,8 +114,9 @@ def sweep(
     run = begin_sweep(spec, tried, tags_of_flow_run())
     try:
         model = assemble_and_freeze(fetch_backbones(spec.backbones), spec.model)
+        beginning = find_beginning(spec, model)
         data = validate_stream(model, spec.data, spec.evaluation.max_samples)
-        trials = [try_one(run, model, data, spec_with(spec, combination), combination) for combination in tried]
+        trials = [try_one(run, model, data, beginning, spec_with(spec, one), one) for one in tried]
         found = swept(run, profile, spec, trials)
         record_sweep(run, found)
     except BaseException as error:  # one that ends this process too: MLflow would show the run as running for ever
@@ -133,12 +143,13 @@ def sweep_as_asked(
 
 
 def try_one(
-    run: SweepRun, model: AssembledModel, data: ValidatedData, spec: RunSpec, combination: Combination
+    run: SweepRun, model: AssembledModel, data: ValidatedData, beginning: Beginning | None, spec: RunSpec,
+    combination: Combination,
 ) -> Trial:  # fmt: skip
     """Train and ask one combination; one that diverges costs the sweep nothing else."""
     run_id = begin_trial(run, spec, combination)
     try:
-        projector = train_projector(model, data, spec.training, find_beginning(spec, model))
+        projector = train_projector(model, data, spec.training, beginning)
         evaluation = evaluate_generations(projector, data.held_out, spec.evaluation)
         return record_trial(run, run_id, spec, combination, evaluation)
     except Diverged as error:

@@ -42,8 +42,8 @@ def train(spec: RunSpec) -> Verdict:
     """Teach a frozen language model to see: only the projector learns."""
     backbones = fetch_backbones(spec.backbones)
     model = assemble_and_freeze(backbones, spec.model)
-    data = validate_stream(model, spec.data, spec.evaluation.max_samples)
     beginning = find_beginning(spec, model)
+    data = validate_stream(model, spec.data, spec.evaluation.max_samples)
     projector = train_projector(model, data, spec.training, beginning)
     evaluation = evaluate_generations(projector, data.held_out, spec.evaluation)
     run = record_run(spec, evaluation)

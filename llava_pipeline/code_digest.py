@@ -18,6 +18,8 @@ LIBRARIES = (
     "torch",
     "transformers",
     "tokenizers",
+    "peft",
+    "bitsandbytes",
     "safetensors",
     "pillow",
     "gguf",

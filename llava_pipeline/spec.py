@@ -393,7 +393,7 @@ class RunSpec(Frozen):
         "align", description="align teaches the projector; instruct then the language model too, as the profile says."
     )
     begin_with: str | None = Field(
-        None, description="Alias, version or run whose projector is gone on from; null begins with a fresh one."
+        None, coerce_numbers_to_str=True, description="Alias, version or run whose projector is gone on from; null begins with a fresh one."
     )
     title: str = Field("", description="One line for people.")
     cost: str = Field("", description="What a run takes, and on what.")
@@ -526,10 +526,13 @@ def load_spec(
     Raises:
         SpecError: anything wrong with the profile, a key or a value; every problem is listed with its place.
     """
+    changes, overrides = dict(changes or {}), list(overrides)
+    asked = [override.removeprefix("stage=") for override in overrides if override.startswith("stage=")]
+    stage = [stage, *([changes.pop("stage")] if "stage" in changes else []), *asked][-1]
     content = at_stage(read_profile(profile), stage, profile)
     if begin_with is not None:
         content["begin_with"] = begin_with
-    merge(content, changes or {})
+    merge(content, changes)
     for override in overrides:
         apply_override(content, override)
     try:
@@ -552,8 +555,9 @@ def at_stage(content: dict[str, Any], stage: Stage, profile: str) -> dict[str, A
     if unknown := sorted(set(stages) - {"align", "instruct"}):
         raise SpecError(f"{profile}: no stage {unknown[0]!r}; there are align and instruct")
     merge(content, stages.get(stage, INSTRUCT if stage == "instruct" else {}))
-    if stage != "align":
-        content |= {"stage": stage, "begin_with": content.get("begin_with", "champion")}
+    content["stage"] = stage
+    if stage == "instruct":
+        content.setdefault("begin_with", "champion")
     return content
 
 

@@ -186,16 +186,20 @@ def run_flow(spec: RunSpec, refresh: bool) -> dict[str, Any]:
 
     Raises:
         TrackingError: MLflow cannot be reached; nothing has been started then.
+        NoSuchRun: what it is to begin with is not there; likewise.
         SpecError: this machine is too small for it; nothing has been fetched then.
     """
     from flows.local import local_defaults
     from llava_pipeline.model.fit import refuse_too_small
     from llava_pipeline.tracking.client import check_reachable
     from llava_pipeline.tracking.listing import run as find_run
+    from llava_pipeline.tracking.registry import resolve
     from llava_pipeline.tracking.settings import load_settings
 
     settings = load_settings()
     check_reachable(settings)
+    if spec.begin_with is not None:
+        resolve(spec.begin_with, spec.registered_model, settings)
     refuse_too_small(spec)
     local_defaults(debug=debugging())
     if refresh:

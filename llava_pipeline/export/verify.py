@@ -155,7 +155,12 @@ def ask(
         )  # fmt: skip
         (work / ASKED).write_text(asked.model_dump_json(), encoding="utf-8")
         command = [sys.executable, "-m", f"llava_pipeline.export.engines.{engine}", str(exported), str(work)]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+        try:
+            ended = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            return Told(
+                version="", problem=f"the engine did not answer within {TIMEOUT_SECONDS} s; ask fewer --prompts"
+            )
         if ended.returncode or not (work / TOLD).is_file():
             lines = [line for line in ended.stderr.strip().splitlines() if line.strip()]
             reason = lines[-1] if lines else f"it ended with {ended.returncode}"

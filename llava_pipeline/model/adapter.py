@@ -61,13 +61,17 @@ def check(language_model: nn.Module, lora: LoraSpec) -> None:
     """Raises:
     IncompatibleParts: the adapter that is there is not the one that is asked for.
     """
-    for name, layer in layers(language_model).items():
-        found = (layer.r[ONE], float(layer.scaling[ONE]), name.rpartition(".")[2])
-        wanted = (lora.rank, lora.alpha / lora.rank)
-        if found[:2] != wanted or found[2] not in lora.targets:
+    found = layers(language_model)
+    on = {name.rpartition(".")[2] for name in found}
+    leaves = {name.rpartition(".")[2] for name, _ in language_model.named_modules()}
+    wanted = (lora.rank, lora.alpha / lora.rank, leaves.intersection(lora.targets))
+    for layer in found.values():
+        had = (layer.r[ONE], float(layer.scaling[ONE]), on)
+        if had != wanted:
             raise IncompatibleParts(
-                f"it begins with an adapter of rank {found[0]} and scale {found[1]:g} on {found[2]}, the spec asks for "
-                f"rank {wanted[0]} and scale {wanted[1]:g} on {', '.join(lora.targets)}; set training.lora to the same"
+                f"it begins with an adapter of rank {had[0]} and scale {had[1]:g} on {', '.join(sorted(on))}, the spec "
+                f"asks for rank {wanted[0]} and scale {wanted[1]:g} on {', '.join(sorted(wanted[2]))}; "
+                "set training.lora to the same"
             )
 
 

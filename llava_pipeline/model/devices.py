@@ -108,7 +108,9 @@ def here(asked: str = "auto") -> Device:
     """This machine, not yet measured: its card, if ``asked`` (as in ``training.device``) allows one, else its CPU."""
     if asked != "cpu" and torch.cuda.is_available():
         title, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
-        known = next((one for one in _TABLE if one.title.split()[-1] in title or one.title in title), None)
+        words = title.upper().replace("-", " ").split()  # as NVIDIA H100 80GB HBM3, NVIDIA A100-SXM4-40GB
+        alike = [one for one in _TABLE if one.name.split("-")[0].upper() in words]
+        known = min(alike, key=lambda one: abs(one.memory_bytes - memory), default=None)
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return Device(
             HERE, title, int(memory), dict.fromkeys(("fp16", "fp32", *(("bf16",) if bf16 else ())), 0.0),

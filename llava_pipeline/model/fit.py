@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from llava_pipeline.errors import SpecError
+import torch
+
+from llava_pipeline.errors import IncompatibleParts, SpecError
 from llava_pipeline.model.devices import CONTEXT_BYTES, DEVICES, ITEMSIZE, Device, Precision, here
 from llava_pipeline.model.memory import (
     ACTIVATIONS,
@@ -137,10 +139,20 @@ def refuse_too_small(spec: RunSpec) -> None:
     Raises:
         SpecError: even that does not fit.
     """
-    device, sizes = here(spec.training.device), sizes_of(spec)
+    device = here(spec.training.device)
+    try:
+        sizes = sizes_of(spec)
+    except (
+        IncompatibleParts
+    ):  # a part that does not state its sizes may fit; what else is wrong is told when it is read
+        return
     training = spec.training.model_copy(update={"tokens_per_pass": sizes.tokens})
     parts, _ = memory(training, replace(sizes, longest=sizes.tokens), device, device.precision(training.precision)[0])
     needed = sum(count for part, count in parts.items() if part not in (WAITING, CONTEXT, READING))
+    if (part := spec.training.language_model).learns and part.mode == "full":  # which processes share
+        number = spec.training.num_processes or (1 if device.on_cpu else torch.cuda.device_count())
+        split = parts.get(LANGUAGE, 0) + parts.get(GRADIENTS, 0)
+        needed -= split - split // max(1, number)
     if needed <= device.memory_bytes:
         return
     remedy = next(iter(remedies(spec, sizes, device)), None)

@@ -68,9 +68,15 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     counts = {"vision tower": [0, 0], "projector": [0, 0], "language model": [0, 0]}
     for name, parameter in model.named_parameters():
         part = "projector" if PROJECTOR in name else "vision tower" if "vision_tower." in name else "language model"
-        counts[part][0] += parameter.numel()
-        counts[part][1] += parameter.numel() if parameter.requires_grad else 0
+        counts[part][0] += num_numbers(parameter)
+        counts[part][1] += num_numbers(parameter) if parameter.requires_grad else 0
     return {part: (total, trainable) for part, (total, trainable) in counts.items()}
+
+
+def num_numbers(parameter: Any) -> int:
+    """Numbers in a parameter, in 4 bits too, where two lie in a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return int(parameter.numel() if packed is None else packed.shape.numel())
 
 
 def frozen_digest(model: nn.Module) -> str:

@@ -25,6 +25,7 @@ from llava_pipeline.contracts import AssembledModel, FetchedBackbone
 from llava_pipeline.errors import IncompatibleParts, WeightsMismatch
 from llava_pipeline.model import adapter
 from llava_pipeline.model.freeze import LANGUAGE_MODEL, full
+from llava_pipeline.spec import TrainingSpec
 
 WEIGHTS, MANIFEST = "projector.safetensors", "manifest.json"
 ADAPTER, WHOLE = "adapter/adapter_model.safetensors", "language_model.safetensors"
@@ -183,6 +184,37 @@ def put(model: LlavaForConditionalGeneration, state: State) -> None:
     model.model.multi_modal_projector.load_state_dict(parts[""], strict=True)
     adapter.put(model.model.language_model, parts[adapter.PREFIX])
     put_whole(model, parts[LANGUAGE_MODEL])
+
+
+def begin_with(model: LlavaForConditionalGeneration, state: State, spec: TrainingSpec) -> None:
+    """Put what an earlier training has left in place, for one that goes on from it.
+
+    Raises:
+        IncompatibleParts: this one would leave a part of it behind, because that does not learn any more.
+        WeightsMismatch: it does not fit.
+    """
+    refuse_dropped(state, spec)
+    parts = split(state)
+    model.model.multi_modal_projector.load_state_dict(parts[""], strict=True)
+    adapter.put(model.model.language_model, parts[adapter.PREFIX])
+    if parts[LANGUAGE_MODEL]:
+        copy_whole(model, parts[LANGUAGE_MODEL])
+
+
+def refuse_dropped(state: State, spec: TrainingSpec) -> None:
+    """What learned besides the projector goes on learning in the same way, or it would be lost on the way.
+
+    Raises:
+        IncompatibleParts: it does not.
+    """
+    parts, part = split(state), spec.language_model
+    mode = part.mode if part.learns else "frozen"
+    had = "lora" if parts[adapter.PREFIX] else "full" if parts[LANGUAGE_MODEL] else None
+    if had is not None and mode != had:
+        raise IncompatibleParts(
+            f"it begins with a language model trained in mode {had}, which training.language_model.mode={mode} would "
+            f"leave behind; set the mode to {had}, or begin with a version of stage align"
+        )
 
 
 def put_whole(model: LlavaForConditionalGeneration, state: State) -> None:

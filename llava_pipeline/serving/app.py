@@ -321,8 +321,9 @@ def _add_health(app: FastAPI, desk: Desk) -> None:
         asked = time.monotonic()
         await asyncio.sleep(0)
         now = time.monotonic()
-        still = now - desk.engine.beat
-        works = desk.engine.thread.is_alive() and desk.engine.num_failures < MAX_FAILURES
+        engines = desk.engine.all
+        still = max(now - engine.beat for engine in engines)
+        works = all(engine.thread.is_alive() and engine.num_failures < MAX_FAILURES for engine in engines)
         healthy = works and still < STUCK_SECONDS
         told = wire.Health(healthy=healthy, loop_seconds=round(now - asked, 4), engine_seconds=round(still, 1))
         return JSONResponse(told.model_dump(), 200 if healthy else 503)

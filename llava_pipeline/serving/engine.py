@@ -263,6 +263,11 @@ class Engine:
         return other
 
     @property
+    def all(self) -> list[Engine]:
+        """This one, and those of language models that were trained whole and go on answering."""
+        return [self, *(other for other in list(self.others) if not other.closing)]
+
+    @property
     def num_waiting(self) -> int:
         """Conversations that have not been begun."""
         return len(self.waiting) + sum(other.num_waiting for other in list(self.others))
@@ -271,6 +276,12 @@ class Engine:
     def num_running(self) -> int:
         """Conversations that are being answered."""
         return len(self.answers) + sum(other.num_running for other in list(self.others))
+
+    def retire(self) -> None:
+        """Take no more, and end when what was taken is answered; from whichever thread, without waiting."""
+        with self.changed:
+            self.closing = True
+            self.changed.notify()
 
     def close(self, seconds: float) -> None:
         """Take no more, answer what was taken for so long, and tell the rest that it will not be."""
@@ -331,6 +342,7 @@ class Engine:
                 self.num_failures += 1
                 log.exception("the model failed; those who were being answered are told")
                 self._fail([*new, *(answer.ask for answer in self.answers)])
+            new = []  # whose projectors may go when they are answered
 
     def _drop_waiting(self) -> None:
         """Those that are cancelled or late wait no longer, whether or not there is room to begin them."""

@@ -41,6 +41,7 @@ from llava_pipeline.tracking import registry
 from llava_pipeline.tracking.bundle import Bundle
 from llava_pipeline.tracking.client import first_line
 from llava_pipeline.tracking.settings import Settings
+from llava_pipeline.training.loop import is_out_of_memory
 
 log = logging.getLogger(__name__)
 GOLDEN_SECONDS = 60.0
@@ -270,11 +271,18 @@ class Versions:
             engine = self.engine.beside(whole) if whole else None
         except Closed:
             raise NotTried("the server is going") from None
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise IncompatibleParts(  # final: trying again at every look would hold up everybody's answers
+                "its language model was trained whole and does not fit beside the one that answers; free memory, or "
+                "serve it alone (stop this server and start it on that version)"
+            ) from error
         loaded = Loaded(digest, module, name, engine)
         if name is not None:
             weakref.finalize(loaded, self.engine.drop_adapter, name)
         if engine is not None:
-            weakref.finalize(loaded, engine.close, 0.0)
+            weakref.finalize(loaded, engine.retire)
         return loaded
 
     def _try_out(self, version: Version) -> None:

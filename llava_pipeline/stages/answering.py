@@ -32,10 +32,11 @@ class Answering:
     def __init__(self, folder: Path, spec: RunSpec) -> None:
         backbones = fetch_backbones(spec.backbones)
         self.llava = assemble(backbones, spec.model)
-        projector.put(self.llava.model, projector.load(folder, describe(self.llava, backbones, spec.model)))
+        state = projector.load(folder, describe(self.llava, backbones, spec.model))
         training = spec.training
         device = choose_device("cpu" if training.device == "cpu" else "auto")  # trained on a card, asked without
         place(self.llava.model, device, choose_precision(training.precision, device))
+        projector.put(self.llava.model, state)  # in its place, so that an adapter stays in float32 as when it was asked
 
     @classmethod
     def stored(cls, folder: Path, spec: Path) -> Answering:

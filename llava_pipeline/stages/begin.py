@@ -18,7 +18,7 @@ def find_beginning(spec: RunSpec, model: AssembledModel) -> Beginning | None:
 
     Raises:
         NoSuchRun: there is no such run, version or alias.
-        IncompatibleParts: it was trained between other parts.
+        IncompatibleParts: it was trained between other parts, or trained one that this spec does not go on with.
         TrackingError: MLflow cannot be reached, or refuses.
     """
     if spec.begin_with is None:
@@ -26,7 +26,8 @@ def find_beginning(spec: RunSpec, model: AssembledModel) -> Beginning | None:
     settings = load_settings()
     run_id = registry.resolve(spec.begin_with, spec.registered_model, settings)
     ref = stored(run_id, settings)
-    projector.load(open_artifact(ref), model, spoken_otherwise=True)  # here, before anything is trained
+    # Here, before anything is read or trained.
+    projector.refuse_dropped(projector.load(open_artifact(ref), model, spoken_otherwise=True), spec.training)
     version = registry.version_of_run(run_id, settings)
     return Beginning(registered_model=spec.registered_model, version=version, run_id=run_id, projector=ref)
 

@@ -62,7 +62,9 @@ def ask_champion(run: RecordedRun, champion: registry.Champion, settings: Settin
     exam = Examination(model, evaluation.held_out, evaluation.spec, trained.device, trained.precision)
 
     def weights() -> projector.State:
-        return projector.load(registry.download_projector(champion.run_id, None, settings), model)
+        # In this run's words: an instructed model is weighed against the aligned one that it began with, too.
+        folder = registry.download_projector(champion.run_id, None, settings)
+        return projector.load(folder, model, spoken_otherwise=True)
 
     try:
         scored = exam.ask(f"version {champion.version}, the champion", champion.projector_digest, weights, True)

@@ -33,6 +33,8 @@ class TrainingJob(Frozen):
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint depends on: only an equal one is gone on from, bit by bit."""
+        part = self.spec.language_model
+        libraries = ("torch", "transformers", *(("peft",) if part.learns and part.mode == "lora" else ()))
         return {
             "frozen_parts": self.model.frozen_digest,
             "model": self.model.spec.model_dump(mode="json"),
@@ -40,7 +42,7 @@ class TrainingJob(Frozen):
             "held_out": self.held_out.digest if self.held_out else None,
             "begin": self.begin.digest if self.begin else None,
             "spec": self.spec.model_dump(mode="json", exclude=DECIDE_NOTHING),
-            "versions": {name: version(name) for name in ("torch", "transformers")},
+            "versions": {name: version(name) for name in libraries},
         }
 
 

@@ -310,7 +310,7 @@ class Training:
         if after != self.before:
             raise FrozenWeightsChanged("a frozen part changed during training; this is a defect, please report it")
         weights = projector.state_of(self.llava.model) | self.learned
-        if self.spec.language_model.mode == "lora":
+        if self.spec.language_model.learns and self.spec.language_model.mode == "lora":
             weights[adapter.SCALE] = adapter.scale(self.llava.model.model.language_model)
         if self.world.rank:
             self.help_to_gather(weights)
@@ -363,8 +363,8 @@ def load_frozen(job: TrainingJob, device: torch.device, dtype: torch.dtype, shar
     if dtype == torch.float32 and lossless:
         halve(language_model, llava.model.lm_head)
     if job.begin is not None:
-        begin = open_artifact(job.begin)
-        projector.put(llava.model, projector.load(begin, job.model, spoken_otherwise=True))
+        begin = projector.load(open_artifact(job.begin), job.model, spoken_otherwise=True)
+        projector.begin_with(llava.model, begin, job.spec)
     let_learn(llava.model, job.spec)
     return llava
 

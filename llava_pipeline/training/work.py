@@ -11,13 +11,14 @@ from collections.abc import Iterable
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
+from llava_pipeline.model.freeze import num_numbers
 from llava_pipeline.training.samples import NO_PICTURE, Samples
 
 
 def useful_flops(model: LlavaForConditionalGeneration, samples: Samples, indices: Iterable[int]) -> float:
     """Floating-point operations of these samples as the plain model needs them, without padding."""
     config = model.config.text_config
-    body = sum(factor(p) * p.numel() for layer in model.model.language_model.layers for p in layer.parameters())
+    body = sum(factor(p) * num_numbers(p) for layer in model.model.language_model.layers for p in layer.parameters())
     head = factor(model.lm_head.weight) * model.lm_head.weight.numel()
     tower = sum(p.numel() for p in model.model.vision_tower.parameters())
     projector = sum(p.numel() for p in model.model.multi_modal_projector.parameters())
