@@ -68,7 +68,8 @@ def run(name: str, home: str, versions: dict[str, str]) -> dict[str, Any]:
     row = json.loads(done.stdout.splitlines()[-1])
     versions[name] = row["version"]
     return {
-        "arm": name, "profile": arm.profile, "stage": row["stage"], "learned": row["learned"], "version": row["version"],
+        "arm": name, "profile": arm.profile, "stage": row["stage"], "learned": row["learned"],
+        "version": row["version"],
         "began_with": row["began_with"], "num_learned": row["params"]["num_learned"],
         "num_image_tokens": row["params"]["num_image_tokens"], "precision": row["precision"],
         "wall_seconds": round(time.monotonic() - started, 1), "verdict": row["verdict"]["decision"],

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from llava_pipeline.errors import SpecError
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-HAVE_KINDS = ("vision_tower", "language_model", "source")
+HAVE_KINDS = (("backbones", "vision_tower"), ("backbones", "language_model"), ("data", "source"))
 Beta = Annotated[float, Field(ge=0, lt=1)]
 CommitSha = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 
@@ -393,7 +393,9 @@ class RunSpec(Frozen):
         "align", description="align teaches the projector; instruct then the language model too, as the profile says."
     )
     begin_with: str | None = Field(
-        None, coerce_numbers_to_str=True, description="Alias, version or run whose projector is gone on from; null begins with a fresh one."
+        None,
+        coerce_numbers_to_str=True,
+        description="Alias, version or run whose projector is gone on from; null begins with a fresh one.",
     )
     title: str = Field("", description="One line for people.")
     cost: str = Field("", description="What a run takes, and on what.")
@@ -567,7 +569,7 @@ def explain(error: ValidationError, profile: str) -> str:
     for problem in error.errors():
         loc = problem["loc"]
         # Pydantic names the chosen kind after a part that has kinds: data.source.scenes.seed.
-        parts = [str(part) for n, part in enumerate(loc) if n == 0 or loc[n - 1] not in HAVE_KINDS]
+        parts = [str(part) for n, part in enumerate(loc) if loc[max(0, n - 2) : n] not in HAVE_KINDS]
         where = ".".join(parts) or "the profile"
         if problem["type"] == "extra_forbidden":
             lines.append(f"{where}: unknown key; `llava-pipeline plan --profile {profile} --json` shows the known ones")
