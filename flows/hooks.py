@@ -32,3 +32,11 @@ def mark_failed(flow: Any, flow_run: Any, state: Any) -> None:
     began = (flow_run.start_time or flow_run.expected_start_time).timestamp()
     tags = {"prefect.flow_run_id": str(flow_run.id)}
     record_failure(spec, state.message or "unknown", load_settings(), tags, started=began)
+
+
+HOOKS: dict[str, Any] = {
+    "on_running": [sweep],
+    "on_failure": [mark_failed],
+    "on_crashed": [mark_failed],
+    "on_cancellation": [mark_cancelled],
+}

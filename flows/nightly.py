@@ -5,7 +5,8 @@ from __future__ import annotations
 import prefect
 
 from flows.form import Changes, Overrides, ProfileName, spec_of
-from flows.train import HOOKS, train
+from flows.hooks import HOOKS
+from flows.train import train
 from llava_pipeline.contracts import Verdict
 
 

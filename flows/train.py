@@ -1,20 +1,18 @@
 """The story: a frozen language model learns to see.
 
-    fetch backbones -> assemble & freeze -> validate the stream -> train the projector
+    fetch backbones -> assemble & freeze -> begin afresh or go on -> validate the stream -> train the projector
         -> evaluate by generating -> record the run -> weigh against the champion -> pass the gate, promote
 
-Values flow from left to right; each is a small frozen model of ids, digests and counts. How a stage is retried, timed
-and reused stands in ``flows/stages.py``; what it does, in ``llava_pipeline/stages/``.
+Values flow from left to right; each is a small frozen model of ids, digests and counts. How a stage is retried and
+reused stands in ``flows/stages.py``; what it does, in ``llava_pipeline/stages/``.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import prefect
 
 from flows.following import STORY
-from flows.hooks import mark_cancelled, mark_failed, sweep
+from flows.hooks import HOOKS
 from flows.stages import (
     assemble_and_freeze,
     evaluate_generations,
@@ -28,13 +26,6 @@ from flows.stages import (
 )
 from llava_pipeline.contracts import Verdict
 from llava_pipeline.spec import RunSpec
-
-HOOKS: dict[str, Any] = {
-    "on_running": [sweep],
-    "on_failure": [mark_failed],
-    "on_crashed": [mark_failed],
-    "on_cancellation": [mark_cancelled],
-}
 
 
 @prefect.flow(name=STORY, **HOOKS)
