@@ -232,7 +232,13 @@ def short(**more: Any) -> dict[str, Any]:
     """Overrides of the pocket profile that make a night of half a minute."""
     base: dict[str, Any] = {
         "data": {"increment": True, "max_samples": 640},
-        "training": {"max_steps": 40, "device": "cpu", "samples_per_step": 32, "held_out_samples": 0},
+        "training": {
+            "max_steps": 40,
+            "device": "cpu",
+            "samples_per_step": 32,
+            "held_out_samples": 0,
+            "checkpoint_seconds": 5,
+        },
         "evaluation": {"max_samples": 120, "num_pictures": 4},
     }
     for section, values in more.items():
