@@ -365,6 +365,11 @@ class TrainingSpec(Frozen):
             raise ValueError("weights in 4 bits cannot be trained whole; set language_model.mode=lora")
         return self
 
+    @property
+    def language_mode(self) -> Literal["frozen", "lora", "full"]:
+        """How the language model learns; a rate of 0 is as good as frozen."""
+        return self.language_model.mode if self.language_model.learns else "frozen"
+
     def learning_rate_of(self, part: PartSpec) -> float:
         """Peak of a part that learns."""
         return self.learning_rate if part.learning_rate is None else part.learning_rate

@@ -7,7 +7,7 @@ import math
 import torch
 
 from llava_pipeline.model.devices import HERE, ITEMSIZE, Device, Precision
-from llava_pipeline.model.memory import LAST_LAYER, head_size, matrices, mode_of
+from llava_pipeline.model.memory import LAST_LAYER, head_size, matrices
 from llava_pipeline.model.sizes import Sizes
 from llava_pipeline.model.speed import layer_flops, layer_operations, measured_flops
 from llava_pipeline.spec import RunSpec, TrainingSpec
@@ -40,7 +40,7 @@ def operations(spec: RunSpec, sizes: Sizes) -> dict[str, float]:
     return {
         "language model": layers * (each + again * forward),
         "attention": layers * attention * (3 + again),
-        "head": head * (6 if mode_of(training) == "full" else 4),
+        "head": head * (6 if training.language_mode == "full" else 4),
         "projector": counts["projector"] * sizes.image_tokens * (6 if training.projector.learns else 2),
         "vision tower": tower * tower_share(spec),
     }
@@ -85,12 +85,12 @@ def step_seconds(spec: RunSpec, sizes: Sizes, device: Device, precision: Precisi
     training = spec.training
     in_step, counted = training.samples_per_step, operations(spec, sizes)
     total = sum(counted.values())
-    if mode_of(training) != "full":  # the packed step spares most of the last layer
+    if training.language_mode != "full":  # the packed step spares most of the last layer
         total -= counted["language model"] * LAST_LAYER / sizes.text.num_hidden_layers
     speed = sustained(device, precision, sizes, training, tokens)
     passes = math.ceil(in_step * sizes.tokens / tokens)
     seconds = in_step * total / speed * (NF4_SLOWER if training.lora.quantize and not device.on_cpu else 1)
-    if mode_of(training) == "full":
+    if training.language_mode == "full":
         seconds *= PADDED_SLOWER
     if not device.on_cpu:  # kernels are launched one by one: that takes longer than a small pass
         seconds = max(seconds, passes * sizes.text.num_hidden_layers * LAUNCH_SECONDS)

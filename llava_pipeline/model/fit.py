@@ -22,7 +22,6 @@ from llava_pipeline.model.memory import (
     fitting_tokens,
     language_bytes,
     memory_by_part,
-    mode_of,
 )
 from llava_pipeline.model.sizes import Sizes, sizes_of
 from llava_pipeline.spec import Frozen, RunSpec, TrainingSpec
@@ -45,7 +44,7 @@ def memory(training: TrainingSpec, sizes: Sizes, device: Device, precision: Prec
     """Bytes by part on a device, and the tokens of a pass there: as many as a run would choose."""
     size, text = ITEMSIZE[precision], sizes.text
     counts = sizes.shape.counts
-    halved = training.step.halve and mode_of(training) != "full" and 4 * counts["language model"] >= HALVED_FROM
+    halved = training.step.halve and training.language_mode != "full" and 4 * counts["language model"] >= HALVED_FROM
     numbers = Numbers(size, 2 if device.on_cpu and size == 4 and halved else size, device.on_cpu)
     waits = {WAITING: LIBRARIES_BYTES} if device.on_cpu else {CONTEXT: CONTEXT_BYTES}
     weights = language_bytes(sizes.shape, training, numbers) + counts["vision tower"] * size
@@ -97,14 +96,14 @@ def lighter(training: TrainingSpec, sizes: Sizes, device: Device) -> Iterator[tu
         training = training.model_copy(update={"tokens_per_pass": shorter})
         sizes = replace(sizes, tokens=min(sizes.tokens, shorter), longest=shorter)
         yield f"data.max_tokens={shorter}", training, sizes
-    if mode_of(training) == "full":
+    if training.language_mode == "full":
         part = training.language_model.model_copy(update={"mode": "lora"})
         training = training.model_copy(update={"language_model": part})
         sizes = replace(sizes, trainable={
             "projector": sizes.trainable["projector"], "adapter": adapter_parameters(sizes.text, training)
         })  # fmt: skip
         yield "training.language_model.mode=lora", training, sizes
-    if mode_of(training) == "lora" and not device.on_cpu:
+    if training.language_mode == "lora" and not device.on_cpu:
         training = training.model_copy(update={"lora": training.lora.model_copy(update={"quantize": "nf4"})})
         yield "training.lora.quantize=nf4", training, sizes
     if ITEMSIZE[device.precision(training.precision)[0]] == 4 and len(device.flops) > 1:
@@ -120,7 +119,7 @@ def larger(spec: RunSpec, device: Device) -> Iterator[Remedy]:
         if card.name != device.name and (needed := sum(parts.values())) <= card.memory_bytes - card.reserve_bytes:
             yield Remedy(change=f"a card with more memory: {card.title}", memory_bytes=needed, fits=True)
             return
-    if mode_of(spec.training) != "full":
+    if spec.training.language_mode != "full":
         return
     card = max(DEVICES.values(), key=lambda one: one.memory_bytes)
     parts, _ = memory(spec.training, sizes, card, card.precision(spec.training.precision)[0])
@@ -149,7 +148,7 @@ def refuse_too_small(spec: RunSpec) -> None:
     training = spec.training.model_copy(update={"tokens_per_pass": sizes.tokens})
     parts, _ = memory(training, replace(sizes, longest=sizes.tokens), device, device.precision(training.precision)[0])
     needed = sum(count for part, count in parts.items() if part not in (WAITING, CONTEXT, READING))
-    if (part := spec.training.language_model).learns and part.mode == "full":  # which processes share
+    if spec.training.language_mode == "full":  # which processes share
         number = spec.training.num_processes or (1 if device.on_cpu else torch.cuda.device_count())
         split = parts.get(LANGUAGE, 0) + parts.get(GRADIENTS, 0)
         needed -= split - split // max(1, number)

@@ -28,7 +28,7 @@ def let_learn(model: Any, spec: TrainingSpec) -> None:
         IncompatibleParts: the adapter finds no place, or is of another rank than the one that is there.
     """
     language_model = model.model.language_model
-    if spec.language_model.learns and spec.language_model.mode == "lora":
+    if spec.language_mode == "lora":
         if not adapter.layers(language_model):
             adapter.inject(language_model, spec.lora, spec.seed)
         adapter.check(language_model, spec.lora)
@@ -43,9 +43,9 @@ def learned(model: Any, spec: TrainingSpec) -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     if spec.projector.learns:
         found |= dict(model.model.multi_modal_projector.named_parameters())
-    if spec.language_model.learns and spec.language_model.mode == "lora":
+    if spec.language_mode == "lora":
         found |= adapter.parameters(model.model.language_model)
-    elif spec.language_model.learns:
+    elif spec.language_mode == "full":
         found |= full(model)
     return found
 

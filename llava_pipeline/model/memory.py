@@ -76,15 +76,10 @@ def matrices(text: Any) -> dict[str, tuple[int, int]]:
 
 def adapter_parameters(text: Any, spec: TrainingSpec) -> int:
     """Parameters of the adapter that a spec asks for; 0 where it asks for none."""
-    if mode_of(spec) != "lora":
+    if spec.language_mode != "lora":
         return 0
     sizes = [both for name, both in matrices(text).items() if name in spec.lora.targets]
     return int(text.num_hidden_layers * spec.lora.rank * sum(map(sum, sizes)))
-
-
-def mode_of(spec: TrainingSpec) -> str:
-    """How the language model learns: frozen, lora or full."""
-    return spec.language_model.mode if spec.language_model.learns else "frozen"
 
 
 def per_layer_bytes(text: Any, itemsize: int, spec: TrainingSpec | None = None) -> int:
@@ -96,11 +91,11 @@ def per_layer_bytes(text: Any, itemsize: int, spec: TrainingSpec | None = None) 
     """
     sizes = matrices(text)
     (wide, queries), keys, inner = sizes["q_proj"], sizes["k_proj"][1], sizes["gate_proj"][1]
-    if spec is not None and mode_of(spec) == "full":
+    if spec is not None and spec.language_mode == "full":
         in_float32 = 8 * wide if itemsize < 4 else 0  # norms cast what they are given
         return itemsize * (6 * wide + 6 * queries + 4 * inner) + in_float32
     kept = 8 * wide + itemsize * (2 * queries + 2 * keys + 2 * inner)
-    if spec is not None and mode_of(spec) == "lora":
+    if spec is not None and spec.language_mode == "lora":
         inputs = {name: sizes[name][0] for name in spec.lora.targets if name in sizes}
         shared = [max((inputs.get(one, 0) for one in group), default=0) for group in (
             ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
@@ -115,7 +110,7 @@ def bytes_per_token(text: Any, itemsize: int, spec: TrainingSpec | None = None) 
     layers = int(text.num_hidden_layers)
     if spec is not None and spec.step.recompute:
         return int(4 * layers * text.hidden_size + layer + passing)
-    spared = 0.0 if spec is not None and mode_of(spec) == "full" else LAST_LAYER
+    spared = 0.0 if spec is not None and spec.language_mode == "full" else LAST_LAYER
     return int((layers - spared) * layer + passing)
 
 
@@ -147,7 +142,7 @@ def memory_by_part(
         pictures: of one step.
         passes: of one step; the gradients of an earlier one lie beside the activations of the next.
     """
-    text, mode, size = shape.text, mode_of(spec), numbers.itemsize
+    text, mode, size = shape.text, spec.language_mode, numbers.itemsize
     language, adapter = shape.counts["language model"], adapter_parameters(text, spec)
     one = TOWER_BATCH if pictures > TOWER_BATCH else pictures
     working = max(tokens * bytes_per_token(text, size, spec), one * tower_bytes(shape, size))
@@ -178,7 +173,7 @@ def memory_by_part(
 def language_bytes(shape: Shape, spec: TrainingSpec, numbers: Numbers) -> float:
     """The language model's own weights. One that learns whole is in float32, with its copy for products."""
     count = shape.counts["language model"]
-    if mode_of(spec) == "full":
+    if spec.language_mode == "full":
         return count * (4 + (numbers.itemsize if numbers.itemsize < 4 else 0))
     if spec.lora.quantize == "nf4" and not numbers.on_cpu:
         layers = shape.text.num_hidden_layers * sum(a * b for a, b in matrices(shape.text).values())
@@ -189,7 +184,7 @@ def language_bytes(shape: Shape, spec: TrainingSpec, numbers: Numbers) -> float:
 def matrix_bytes(text: Any, spec: TrainingSpec, numbers: Numbers) -> float:
     """A layer's largest product's weights, where they lie in fewer bits than they are multiplied in."""
     widest = 2.0 * text.hidden_size * text.intermediate_size * numbers.itemsize
-    if mode_of(spec) == "full":
+    if spec.language_mode == "full":
         return 0
     if spec.lora.quantize == "nf4" and not numbers.on_cpu:
         return float(widest)
@@ -199,7 +194,7 @@ def matrix_bytes(text: Any, spec: TrainingSpec, numbers: Numbers) -> float:
 def head_bytes(shape: Shape, spec: TrainingSpec, numbers: Numbers, tokens: int) -> float:
     """Logits where they exist at once, and the head in the precision of products."""
     words = int(shape.text.vocab_size)
-    if mode_of(spec) == "full":
+    if spec.language_mode == "full":
         return SUPERVISED_SHARE * tokens * words * (numbers.itemsize + 12)
     cast = 0 if numbers.itemsize == numbers.stored_itemsize else words * shape.text.hidden_size * 4
     return CHUNK_ROWS * words * 12 + cast

@@ -207,8 +207,7 @@ def refuse_dropped(state: State, spec: TrainingSpec) -> None:
     Raises:
         IncompatibleParts: it does not.
     """
-    parts, part = split(state), spec.language_model
-    mode = part.mode if part.learns else "frozen"
+    parts, mode = split(state), spec.language_mode
     had = "lora" if parts[adapter.PREFIX] else "full" if parts[LANGUAGE_MODEL] else None
     if had is not None and mode != had:
         raise IncompatibleParts(

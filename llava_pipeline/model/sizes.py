@@ -21,7 +21,7 @@ from llava_pipeline.backbones.layout import choose_weights
 from llava_pipeline.errors import IncompatibleParts
 from llava_pipeline.model.families import check_context, num_image_tokens, vision_config_of
 from llava_pipeline.model.freeze import count_parameters, freeze_backbones
-from llava_pipeline.model.memory import Shape, adapter_parameters, mode_of
+from llava_pipeline.model.memory import Shape, adapter_parameters
 from llava_pipeline.model.tower import empty_llava
 from llava_pipeline.spec import (
     Backbone,
@@ -81,7 +81,7 @@ def sizes_of(spec: RunSpec) -> Sizes:
     learned = {
         "projector": counts["projector"] if training.projector.learns else 0,
         "adapter": adapter_parameters(text, training),
-        "language model": counts["language model"] if mode_of(training) == "full" else 0,
+        "language model": counts["language model"] if training.language_mode == "full" else 0,
     }
     raw = image_tokens * spec.model.pixel_shuffle**2
     return Sizes(

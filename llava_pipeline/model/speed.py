@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llava_pipeline.model.memory import adapter_parameters, head_size, matrices, mode_of
+from llava_pipeline.model.memory import adapter_parameters, head_size, matrices
 from llava_pipeline.spec import TrainingSpec
 
 
@@ -41,7 +41,7 @@ def layer_flops(text: Any, spec: TrainingSpec, tokens: int, in_sample: int, dtyp
     norms, attention of samples of ``in_sample`` tokens, and the adapter or the weights' own gradients where they learn.
     A square product alone tells a small model's speed too high and says nothing of what lies between the products.
     """
-    mode = mode_of(spec)
+    mode = spec.language_mode
     each = layer_operations(text, spec, 1)
     count = max(1, min(tokens, int(PROBE_FLOPS / each)) // in_sample)
     total = count * in_sample
@@ -101,4 +101,4 @@ def layer_operations(text: Any, spec: TrainingSpec, tokens: int) -> float:
     always, with respect to the weights where they learn."""
     size = sum(a * b for a, b in matrices(text).values())
     adapter = adapter_parameters(text, spec) / text.num_hidden_layers
-    return float(tokens * ((6 if mode_of(spec) == "full" else 4) * size + 6 * adapter))
+    return float(tokens * ((6 if spec.language_mode == "full" else 4) * size + 6 * adapter))

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -184,22 +184,16 @@ def keep(job: TrainingJob, data: Snapshot, out: Path, rows: list[dict[str, Any]]
             "training": job.spec.model_dump(mode="json"),
         }
         projector.save(folder, state, job.model, facts)
-    held_out = [row["held_out_loss"] for row in rows if row["held_out_loss"] is not None]
+    held_out, mode = [row["held_out_loss"] for row in rows if row["held_out_loss"] is not None], job.spec.language_mode
     return TrainedProjector(
         model=job.model, data=data, projector=trained[0], history=history[0], num_steps=told["num_steps"],
         num_samples=told["num_samples"], num_skipped_steps=told["num_skipped_steps"], final_loss=last_mean(rows),
         held_out_loss=held_out[-1] if held_out else None, seconds=told["seconds"], cost=told["cost"],
         device=told["device"], num_processes=told["num_processes"], precision=told["precision"],
         peak_memory_bytes=told["peak_memory_bytes"], predicted_memory_bytes=told["predicted_memory_bytes"],
-        num_learned=told["num_learned"], learned=learned_of(job.spec),
+        num_learned=told["num_learned"], learned="projector" if mode == "frozen" else mode,
         frozen_digest_before=told["frozen_digest"], frozen_digest_after=told["frozen_digest"],
     )  # fmt: skip
-
-
-def learned_of(spec: TrainingSpec) -> Literal["projector", "lora", "full"]:
-    """What of the language model was trained besides the projector."""
-    part = spec.language_model
-    return "projector" if part.mode == "frozen" or not part.learns else part.mode
 
 
 def last_mean(rows: list[dict[str, Any]], window: int = 20) -> float:

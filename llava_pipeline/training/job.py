@@ -33,8 +33,7 @@ class TrainingJob(Frozen):
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint depends on: only an equal one is gone on from, bit by bit."""
-        part = self.spec.language_model
-        libraries = ("torch", "transformers", *(("peft",) if part.learns and part.mode == "lora" else ()))
+        libraries = ("torch", "transformers", *(("peft",) if self.spec.language_mode == "lora" else ()))
         return {
             "frozen_parts": self.model.frozen_digest,
             "model": self.model.spec.model_dump(mode="json"),

@@ -144,7 +144,7 @@ class Training:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.manual_seed(self.spec.seed)  # nothing draws a number today; who does so tomorrow goes on with the same
         self.dtype = choose_precision(self.spec.precision, world.device)
-        whole = job.spec.language_model.learns and job.spec.language_model.mode == "full"
+        whole = job.spec.language_mode == "full"
         split = whole and world.size > 1
         self.llava = load_frozen(job, world.device, self.dtype, sharded=split)
         self.sharded = shard(self.llava.model, self.dtype, world) if split else None
@@ -310,7 +310,7 @@ class Training:
         if after != self.before:
             raise FrozenWeightsChanged("a frozen part changed during training; this is a defect, please report it")
         weights = projector.state_of(self.llava.model) | self.learned
-        if self.spec.language_model.learns and self.spec.language_model.mode == "lora":
+        if self.spec.language_mode == "lora":
             weights[adapter.SCALE] = adapter.scale(self.llava.model.model.language_model)
         if self.world.rank:
             self.help_to_gather(weights)
@@ -353,9 +353,9 @@ def load_frozen(job: TrainingJob, device: torch.device, dtype: torch.dtype, shar
     learns has a gradient, and what was learned before is in its place. A language model that is to be ``sharded`` stays
     on the host until then."""
     llava = load(job.model)
-    whole = job.spec.language_model.learns and job.spec.language_model.mode == "full"
+    whole = job.spec.language_mode == "full"
     language_model = llava.model.model.language_model
-    in_four_bits = job.spec.lora.quantize is not None and job.spec.language_model.learns
+    in_four_bits = job.spec.lora.quantize is not None and job.spec.language_mode == "lora"
     if in_four_bits:
         to_nf4(language_model, dtype)
     place(llava.model, device, dtype, learns_whole=whole, sharded=sharded)
