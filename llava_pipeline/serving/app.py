@@ -321,7 +321,7 @@ def _add_health(app: FastAPI, desk: Desk) -> None:
         asked = time.monotonic()
         await asyncio.sleep(0)
         now = time.monotonic()
-        engines = desk.engine.all
+        engines = desk.engine.engines
         still = max(now - engine.beat for engine in engines)
         works = all(engine.thread.is_alive() and engine.num_failures < MAX_FAILURES for engine in engines)
         healthy = works and still < STUCK_SECONDS

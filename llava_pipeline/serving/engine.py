@@ -152,7 +152,7 @@ class Engine:
         self.answers: list[_Answer] = []
         self.rows: Rows | None = None
         self.changed = threading.Condition()
-        self.work: deque[tuple[Callable[[], None], Future[None]]] = deque()  # to be done between two tokens
+        self.errands: deque[tuple[Callable[[], None], Future[None]]] = deque()  # to be done between two tokens
         self.num_adapters = 0
         self.others: WeakSet[Engine] = WeakSet()  # of language models that were trained whole, beside this one
         self.owed: set[Ask] = set()  # taken, and not told an end yet; whoever tells one holds ``changed``
@@ -214,13 +214,13 @@ class Engine:
         with self.changed:
             if self.closing:
                 raise Closed
-            self.work.append((what, done))
+            self.errands.append((what, done))
             self.changed.notify()
         return done
 
-    def _do_work(self) -> None:
-        while self.work:
-            what, done = self.work.popleft()
+    def _run_errands(self) -> None:
+        while self.errands:
+            what, done = self.errands.popleft()
             try:
                 what()
             except Exception as error:  # whoever asked for it is told
@@ -263,7 +263,7 @@ class Engine:
         return other
 
     @property
-    def all(self) -> list[Engine]:
+    def engines(self) -> list[Engine]:
         """This one, and those of language models that were trained whole and go on answering."""
         return [self, *(other for other in list(self.others) if not other.closing)]
 
@@ -321,7 +321,7 @@ class Engine:
     def _work(self) -> None:
         while True:
             with self.changed:
-                while not self.waiting and not self.answers and not self.work:
+                while not self.waiting and not self.answers and not self.errands:
                     if self.closing:
                         return
                     self.beat = time.monotonic()
@@ -330,7 +330,7 @@ class Engine:
                 room = self.max_rows - len(self.answers)
                 new = [self.waiting.popleft() for _ in range(min(room, len(self.waiting)))]
             self.beat = time.monotonic()
-            self._do_work()
+            self._run_errands()
             try:
                 self._keep([k for k, answer in enumerate(self.answers) if self._is_wanted(answer.ask)])
                 if new:
