@@ -533,9 +533,12 @@ def load_spec(
     Raises:
         SpecError: anything wrong with the profile, a key or a value; every problem is listed with its place.
     """
-    changes, overrides = dict(changes or {}), list(overrides)
-    asked = [override.removeprefix("stage=") for override in overrides if override.startswith("stage=")]
-    stage = [stage, *([changes.pop("stage")] if "stage" in changes else []), *asked][-1]
+    # A stage decides what the profile says before anything of it is changed, wherever it is asked for.
+    changes, overrides = changes or {}, list(overrides)
+    stage = changes.get("stage", stage)
+    for override in overrides:
+        if override.startswith("stage="):
+            stage = override.removeprefix("stage=")  # type: ignore[assignment]  # refused below where it is none
     content = at_stage(read_profile(profile), stage, profile)
     if begin_with is not None:
         content["begin_with"] = begin_with

@@ -180,10 +180,16 @@ def load(folder: Path, model: AssembledModel, *, spoken_otherwise: bool = False)
 def put(model: LlavaForConditionalGeneration, state: State) -> None:
     """Make the model what was trained: its projector copied, strictly, an adapter put beside the language model or
     taken away, and a whole language model put in place of the backbone's."""
+    parts = _put_small(model, state)
+    put_whole(model, parts[LANGUAGE_MODEL])
+
+
+def _put_small(model: LlavaForConditionalGeneration, state: State) -> dict[str, State]:
+    """Projector and adapter in their places; the state by its parts."""
     parts = split(state)
     model.model.multi_modal_projector.load_state_dict(parts[""], strict=True)
     adapter.put(model.model.language_model, parts[adapter.PREFIX])
-    put_whole(model, parts[LANGUAGE_MODEL])
+    return parts
 
 
 def begin_with(model: LlavaForConditionalGeneration, state: State, spec: TrainingSpec) -> None:
@@ -194,10 +200,8 @@ def begin_with(model: LlavaForConditionalGeneration, state: State, spec: Trainin
         WeightsMismatch: it does not fit.
     """
     refuse_dropped(state, spec)
-    parts = split(state)
-    model.model.multi_modal_projector.load_state_dict(parts[""], strict=True)
-    adapter.put(model.model.language_model, parts[adapter.PREFIX])
-    if parts[LANGUAGE_MODEL]:
+    parts = _put_small(model, state)
+    if parts[LANGUAGE_MODEL]:  # for good: what it had before is not kept
         copy_whole(model, parts[LANGUAGE_MODEL])
 
 
