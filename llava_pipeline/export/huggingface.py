@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llava_pipeline.errors import ExportRefused
@@ -28,6 +27,7 @@ from llava_pipeline.export.template import exported_template
 from llava_pipeline.model.assemble import Llava
 from llava_pipeline.model.processor import IMAGE_TOKEN
 from llava_pipeline.model.tower import shuffled
+from llava_pipeline.training.stored import write_tensors
 
 NESTED = ("clip_vision_model", "siglip_vision_model")  # towers that other engines keep in a module `vision_model`
 LONGEST_ANSWER = 256
@@ -43,8 +43,9 @@ def write_checkpoint(folder: Path, llava: Llava) -> None:
     refuse_what_llava_lacks(llava)
     weights = dict(exported_weights(llava))
     dtype = precision_of(weights.values())
-    stored = {name: weight.to(dtype).contiguous() for name, weight in weights.items()}
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    with (folder / "model.safetensors").open("wb") as file:
+        stored = {name: weight.to(dtype) for name, weight in weights.items()}
+        write_tensors(file, stored, metadata={"format": "pt"})
     write_json(folder / "config.json", configuration(llava, dtype))
     write_json(folder / "generation_config.json", generation(llava))
     images = image_processor(llava)

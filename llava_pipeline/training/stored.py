@@ -11,7 +11,7 @@ import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -60,11 +60,17 @@ class Stored:
 
 
 def write_tensors(
-    file: BinaryIO, tensors: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor] = lambda tensor: tensor
-) -> None:
+    file: BinaryIO, tensors: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    metadata: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
     """Write tensors in safetensors' format, those of wide numbers first; each is made ``whole``, on the host, when it
-    is its turn."""
-    header, place = {}, 0
+    is its turn.
+
+    Raises:
+        OSError: no space is left; safetensors' own writer tells that as another error.
+    """
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    place = 0
     tensors = in_order(tensors)
     for name, tensor in tensors.items():
         end = place + tensor.numel() * tensor.dtype.itemsize
