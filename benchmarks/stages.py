@@ -45,6 +45,7 @@ ARMS = {
     "real-cpu": Arm("real-cpu"),
     "real-cpu-lora": Arm("real-cpu", "real-cpu"),
 }
+KIND = "eval/exact_match/"
 KEPT = ("eval/exact_match", "eval/exact_match_shuffled", "eval/blind_rate", "eval/loss", "eval/grounding_gain",
         "eval/grounding_gain_low", "eval/grounding_gain_high", "train/seconds", "train/final_loss",
         "train/peak_memory_bytes")  # fmt: skip
@@ -76,6 +77,9 @@ def run(name: str, home: str, versions: dict[str, str]) -> dict[str, Any]:
         "refused_by": [rule["name"] for rule in row["verdict"]["rules"] if not rule["passed"]],
         "command": " ".join(["llava-pipeline", *command[1:]]),
         **{key: row["metrics"].get(key) for key in KEPT},
+        "exact_match_by_kind": {
+            key.removeprefix(KIND): value for key, value in row["metrics"].items() if key.startswith(KIND)
+        },
     }  # fmt: skip
 
 

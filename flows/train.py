@@ -30,7 +30,7 @@ from llava_pipeline.spec import RunSpec
 
 @prefect.flow(name=STORY, **HOOKS)
 def train(spec: RunSpec) -> Verdict:
-    """Teach a frozen language model to see: only the projector learns."""
+    """Teach a language model to see: the projector learns, and what else the spec names."""
     backbones = fetch_backbones(spec.backbones)
     model = assemble_and_freeze(backbones, spec.model)
     beginning = find_beginning(spec, model)

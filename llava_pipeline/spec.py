@@ -99,7 +99,7 @@ Backbone = Annotated[
 
 
 class BackbonesSpec(Frozen):
-    """The two pretrained parts. Both stay frozen."""
+    """The two pretrained parts, frozen unless `training` says otherwise."""
 
     vision_tower: Backbone = Field(description="Turns a picture into patch features.")
     language_model: Backbone = Field(description="Reads projected patches and text, and writes.")
@@ -404,12 +404,12 @@ class RunSpec(Frozen):
     )
     title: str = Field("", description="One line for people.")
     cost: str = Field("", description="What a run takes, and on what.")
-    backbones: BackbonesSpec = Field(description="The two pretrained parts, both frozen.")
+    backbones: BackbonesSpec = Field(description="The two pretrained parts.")
     model: ModelSpec = Field(
         ModelSpec(), description="Which features are projected, and which chat template is spoken."
     )
     data: DataSpec = Field(description="What is trained on, and what is refused.")
-    training: TrainingSpec = Field(description="Steps, batches and learning rate of the projector.")
+    training: TrainingSpec = Field(description="What learns, in which steps and batches, at which rate.")
     evaluation: EvaluationSpec = Field(description="What is asked of the trained model.")
 
     @model_validator(mode="after")

@@ -21,7 +21,7 @@ Stage = Literal["align", "instruct"]  # as in the spec, which is not loaded for 
 
 app = typer.Typer(
     name="llava-pipeline",
-    help="Teach a frozen language model to see: only the projector between a vision tower and a Llama is trained.",
+    help="Teach a frozen language model to see: the projector between a vision tower and a Llama is trained.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
