@@ -38,6 +38,7 @@ from tests.evaluation.test_read import MAX_NEW_TOKENS, one_by_one, prompts_of, q
 from tests.serving.test_engine import asked, generated
 from tests.tiny import CONVERSATIONS, NUM_PICTURES, features_of, pictures, samples_of
 from tests.training.test_lora import LORA, with_adapter
+from tests.training.test_lora import assert_same as assert_same_learning
 from tests.training.test_lora import gradients as learned_by
 from tests.training.test_step import ALL, Case, assert_same, gradients, ours, plain
 
@@ -110,10 +111,7 @@ def test_an_adapter_learns_in_the_packed_step_as_peft_does(name: str, tmp_path: 
     made = make_step(llava.model, samples, lambda images: features[images], torch.float32, StepSpec())
     assert isinstance(made, PackedStep)
     found = learned_by(llava, made, LORA)
-    assert found[0] == pytest.approx(expected[0], rel=1e-5)
-    assert found[1].keys() == expected[1].keys()
-    for weight, gradient in expected[1].items():
-        assert (found[1][weight] - gradient).norm() <= 1e-4 * gradient.norm(), weight
+    assert_same_learning(found, expected)
 
 
 def test_generation_with_a_cache_is_generation_without(pair: Pair) -> None:
