@@ -61,17 +61,15 @@ def layer_flops(text: Any, spec: TrainingSpec, tokens: int, in_sample: int, dtyp
     }
     weights = {name: made(b, a, learns=whole) for name, (a, b) in shapes.items()}
     rank = spec.lora.rank if mode == "lora" else 0
+    folded = {"qkv": 3, "up": 2}  # matrices of one product, each with thin ones of its own that are folded as well
     thin = {
-        name: [(made(rank, a, learns=True), made(b, rank, learns=True)) for b in widths]
-        for name, (a, _) in shapes.items()
-        for widths in [{"qkv": (queries, keys * head, keys * head), "up": (inner, inner)}.get(name, (wide,))]
+        name: (made(rank * folded.get(name, 1), a, learns=True), made(b, rank * folded.get(name, 1), learns=True))
+        for name, (a, b) in shapes.items()
     }
 
     def product(x: Tensor, name: str) -> Tensor:
         out = functional.linear(x, weights[name])
-        if rank:
-            out = out + torch.cat([functional.linear(functional.linear(x, a), b) for a, b in thin[name]], -1)
-        return out
+        return torch.addmm(out, functional.linear(x, thin[name][0]), thin[name][1].T) if rank else out
 
     def step() -> None:
         x = torch.ones(total, wide, requires_grad=True)

@@ -43,7 +43,7 @@ class StepFeatures(Protocol):
     """Features by picture number, of the pictures of one step."""
 
     def load(self, images: Sequence[int], following: Sequence[int]) -> None:
-        """Make the features of a step's pictures ready, and begin to read those of the step after it."""
+        """Make the features of a step's pictures ready; those of the step after it may be begun to read."""
 
     def __call__(self, images: list[int]) -> Tensor:
         """(I, P, D_vision) features of some of them, on the device."""
@@ -69,14 +69,20 @@ class Picked:
 
 
 class Computed(Picked):
-    """The tower runs for every step, in one batch; the next step's pictures are read meanwhile."""
+    """The tower runs for every step, in one batch. Where a card computes, the next step's pictures are read meanwhile.
+
+    On a CPU they are not: a second thread that uses torch gets OpenMP threads of its own, and with more threads than
+    cores OpenMP lets them all sleep between two operations, which made a step a quarter slower (docs/decisions.md).
+    """
 
     def __init__(
         self, model: LlavaForConditionalGeneration, pixels: Pixels, normalise: Normalise, device: torch.device
     ) -> None:
         super().__init__(device)
         self.model, self.pixels, self.normalise = model, pixels, normalise
-        self.reader = ThreadPoolExecutor(1, thread_name_prefix="pictures")
+        self.reader: ThreadPoolExecutor | None = None
+        if device.type == "cuda":
+            self.reader = ThreadPoolExecutor(1, thread_name_prefix="pictures")
         self.coming: tuple[tuple[int, ...], Future[Tensor]] | None = None
 
     def load(self, images: Sequence[int], following: Sequence[int]) -> None:
@@ -86,8 +92,9 @@ class Computed(Picked):
             pixels = self.coming[1].result()
         else:
             pixels = self.read(wanted)
-        coming = tuple(dict.fromkeys(following))
-        self.coming = (coming, self.reader.submit(self.read, coming))
+        if self.reader is not None:
+            coming = tuple(dict.fromkeys(following))
+            self.coming = (coming, self.reader.submit(self.read, coming))
         self.put(wanted, compute(self.model, pixels, self.normalise, self.device))
 
     def read(self, images: Sequence[int]) -> Tensor:

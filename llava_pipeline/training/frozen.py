@@ -80,6 +80,27 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
+class _AdaptedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        thin = F.linear(x, first.to(x.dtype))
+        ctx.save_for_backward(x, thin, weight, first, second)
+        return F.linear(x, weight.to(x.dtype)).addmm_(thin, second.to(x.dtype).T)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, thin, weight, first, second = ctx.saved_tensors
+        back = gradient @ second.to(gradient.dtype)
+        to_x = (gradient @ weight.to(gradient.dtype)).addmm_(back, first.to(gradient.dtype))
+        return to_x, None, (back.T @ x).to(first.dtype), (gradient.T @ thin).to(second.dtype)
+
+
+def adapted_linear(x: Tensor, weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """``linear`` and what a low-rank difference adds, ``second @ first``: (R, in) and (out, R), which are learned."""
+    out: Tensor = _AdaptedLinear.apply(x, weight, first, second)  # type: ignore[no-untyped-call]
+    return out
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, kernels: Kernels) -> Tensor:

@@ -142,6 +142,8 @@ class Training:
     def __init__(self, job: TrainingJob, out: Path, world: World, began: float) -> None:
         self.job, self.out, self.world, self.spec, self.began = job, out, world, job.spec, began
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # torch would fill every new buffer, lest one is read before it is written; none is.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.manual_seed(self.spec.seed)  # nothing draws a number today; who does so tomorrow goes on with the same
         self.dtype = choose_precision(self.spec.precision, world.device)
         whole = job.spec.language_mode == "full"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,6 +114,7 @@ def test_they_are_loaded_before_they_are_asked_for(llava: Llava, pixels: Tensor)
 
 def test_the_next_pictures_are_read_meanwhile_whatever_comes_then(llava: Llava, pixels: Tensor) -> None:
     source = computed(llava, pixels)
+    source.reader = ThreadPoolExecutor(1)  # as where a card computes
     read: list[tuple[int, ...]] = []
     before = source.read
     source.read = lambda images: (read.append(tuple(images)), before(images))[1]  # type: ignore[method-assign]
@@ -123,6 +126,14 @@ def test_the_next_pictures_are_read_meanwhile_whatever_comes_then(llava: Llava, 
     assert read == [(0, 1), (2, 3), (4,), (5, 4), (6,)]
     alone = features.tower_features(llava.model, llava.processor.normalise(pixels[[5, 4]]))
     torch.testing.assert_close(source([5, 4]), alone, rtol=1e-5, atol=1e-6)
+
+
+def test_on_a_cpu_no_second_thread_takes_part_in_a_step(llava: Llava, pixels: Tensor) -> None:
+    source = computed(llava, pixels)
+    before = threading.active_count()
+    source.load([0, 1], [2, 3])
+    source.load([2, 3], [4])
+    assert threading.active_count() == before
 
 
 def test_a_picture_that_comes_twice_in_a_step_is_computed_once(llava: Llava, pixels: Tensor, calls: list[int]) -> None:
