@@ -363,6 +363,11 @@ class TrainingSpec(Frozen):
             raise ValueError("nothing learns; set projector.mode=full, or language_model.mode to lora or full")
         if self.lora.quantize and self.language_model.mode == "full":
             raise ValueError("weights in 4 bits cannot be trained whole; set language_model.mode=lora")
+        if self.language_mode == "full" and self.precision == "fp16" and (self.num_processes or 1) > 1:
+            raise ValueError(
+                "a language model that learns whole on several processes has no loss scale, which fp16 needs; "
+                "set precision to bf16 or fp32"
+            )
         return self
 
     @property

@@ -393,7 +393,7 @@ def test_folding_holds_no_weight_twice() -> None:
             (layer.qkv, (attn.q_proj, attn.k_proj, attn.v_proj)),
             (layer.gate_up, (mlp.gate_proj, mlp.up_proj)),
         ):
-            (whole,) = product.weights
+            ((whole, _),) = product.groups
             assert torch.equal(whole, torch.cat([module.weight for module in modules]))
             storages = {module.weight.untyped_storage().data_ptr() for module in modules}
             assert storages == {whole.untyped_storage().data_ptr()}
