@@ -96,7 +96,10 @@ class _AdaptedLinear(torch.autograd.Function):
 
 
 def adapted_linear(x: Tensor, weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """``linear`` and what a low-rank difference adds, ``second @ first``: (R, in) and (out, R), which are learned."""
+    """(T, in) times a frozen (out, in) weight and a difference of low rank beside it, ``second @ first``: (T, out).
+
+    ``first`` (R, in) and ``second`` (out, R) are learned, in float32; products are in the precision of ``x``.
+    """
     out: Tensor = _AdaptedLinear.apply(x, weight, first, second)  # type: ignore[no-untyped-call]
     return out
 

@@ -60,9 +60,8 @@ class Product:
     """
 
     def __init__(self, layers: list[Any], fold: bool) -> None:
-        bases = [getattr(layer, "base_layer", layer) for layer in layers]
-        self.sizes = [len(base.weight) for base in bases]
-        self.biases = [base.bias for base in bases]
+        self.sizes = [len(layer.weight) for layer in layers]
+        self.biases = [layer.bias for layer in layers]
         groups = [layers] if fold else [[layer] for layer in layers]
         self.groups = [(_folded(group), group if any(map(_has_adapter, group)) else []) for group in groups]
 
@@ -107,13 +106,12 @@ class Layer:
 
 def _folded(layers: list[Any]) -> Tensor:
     """The weights as one matrix whose rows they then are, so that nothing is held twice."""
-    bases = [getattr(layer, "base_layer", layer) for layer in layers]
-    if len(bases) == 1:
-        only: Tensor = bases[0].weight.data
+    if len(layers) == 1:
+        only: Tensor = layers[0].weight.data
         return only
-    whole = torch.cat([base.weight.data for base in bases])
-    for base, part in zip(bases, whole.split([len(base.weight) for base in bases]), strict=True):
-        base.weight.data = part
+    whole = torch.cat([layer.weight.data for layer in layers])
+    for layer, part in zip(layers, whole.split([len(layer.weight) for layer in layers]), strict=True):
+        layer.weight.data = part  # peft's layers pass on the frozen matrix that they stand around
     return whole
 
 
