@@ -303,6 +303,12 @@ class LoraSpec(Frozen):
     )
 
 
+NO_LOSS_SCALE = (
+    "a language model that learns whole on several processes has no loss scale, which fp16 needs; "
+    "set training.precision=bf16 or fp32"
+)
+
+
 class TrainingSpec(Frozen):
     """What learns and how, and when it stops: with whichever budget is used up first."""
 
@@ -364,10 +370,7 @@ class TrainingSpec(Frozen):
         if self.lora.quantize and self.language_model.mode == "full":
             raise ValueError("weights in 4 bits cannot be trained whole; set language_model.mode=lora")
         if self.language_mode == "full" and self.precision == "fp16" and (self.num_processes or 1) > 1:
-            raise ValueError(
-                "a language model that learns whole on several processes has no loss scale, which fp16 needs; "
-                "set precision to bf16 or fp32"
-            )
+            raise ValueError(NO_LOSS_SCALE)
         return self
 
     @property

@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from transformers import LlavaForConditionalGeneration
 
 from llava_pipeline.errors import SpecError
+from llava_pipeline.spec import NO_LOSS_SCALE
 from llava_pipeline.training.plain import Batch, loss_sum
 from llava_pipeline.training.world import World
 
@@ -52,10 +53,7 @@ def shard(model: LlavaForConditionalGeneration, dtype: torch.dtype, world: World
         SpecError: the products are in float16, whose loss scale every process would change on its own.
     """
     if dtype == torch.float16:
-        raise SpecError(
-            "a language model that learns whole on several processes has no loss scale, which precision fp16 needs; "
-            "set training.precision=bf16 or fp32"
-        )
+        raise SpecError(NO_LOSS_SCALE)  # where precision auto came to it
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(
         param_dtype=dtype if dtype.itemsize == 2 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
