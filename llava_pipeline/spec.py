@@ -259,6 +259,7 @@ class StepSpec(Frozen):
 
     pack: bool = Field(True, description="Samples lie one behind the other, without padding.")
     share_prefix: bool = Field(True, description="Tokens that every sample begins with are computed once a run.")
+    share_picture: bool = Field(True, description="Samples about one picture in a pass share what they begin with.")
     select: bool = Field(True, description="The head and the last layer run only where a token is supervised.")
     fold: bool = Field(True, description="q, k and v are one matrix product, gate and up another.")
     lean: bool = Field(True, description="Operations keep for the backward pass no more than it needs.")

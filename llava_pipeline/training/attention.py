@@ -1,9 +1,10 @@
 """Causal attention over samples that lie one behind the other without padding, all behind one shared prefix.
 
-No sample sees another. Three ways to the same result: ``over_grid`` lays the samples out as rows of a grid, whose
-padding costs attention alone; ``one_by_one`` pads nothing and calls once a sample, which pays on a CPU where samples
-are long and of different lengths; ``over_sequence`` pads nothing and calls once, on cards whose flash attention takes
-sequences of any length (compute capability 8.0 and later, torch 2.12 and later).
+No sample sees another; one may share with an earlier one the tokens that both begin with. Three ways to the same
+result: ``over_grid`` lays the samples out as rows of a grid, whose padding costs attention alone; ``one_by_one`` pads
+nothing and calls once a sample, which pays on a CPU where samples are long and of different lengths; ``over_sequence``
+pads nothing and calls once, on cards whose flash attention takes sequences of any length (compute capability 8.0 and
+later, torch 2.12 and later).
 """
 
 from __future__ import annotations
@@ -27,30 +28,36 @@ Attend = Callable[[Tensor, Tensor, Tensor, KeysValues | None], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where B samples of T tokens in all lie: (B, L) row of every cell, (T,) cell of every row."""
+    """Where B samples of T tokens in all lie: (B, L) row of every cell, (T,) cell of every row, and the cells of rows
+    that another sample has too."""
 
     lengths: tuple[int, ...]
     num_prefix: int
     grid: Tensor
     back: Tensor
+    again: Tensor
 
 
-def lay_out(lengths: tuple[int, ...], num_prefix: int, device: torch.device) -> Layout:
-    """The layout of samples of these lengths, each behind ``num_prefix`` shared tokens."""
-    longest = max(lengths)
-    starts = [0, *accumulate(lengths)][:-1]
-    column = torch.arange(longest)
-    inside = column < torch.tensor(lengths)[:, None]
-    grid = torch.where(inside, torch.tensor(starts)[:, None] + column, 0)
-    back = inside.flatten().nonzero()[:, 0]
-    return Layout(lengths, num_prefix, grid.to(device), back.to(device))
+def lay_out(
+    lengths: tuple[int, ...], num_prefix: int, device: torch.device, shared: tuple[tuple[int, int], ...] = ()
+) -> Layout:
+    """The layout of samples with so many tokens of their own, each behind ``num_prefix`` tokens that all share and,
+    where told, behind some of an earlier sample: ``shared`` has the first row of those and their number."""
+    own = torch.tensor(lengths)[:, None]
+    start, count = torch.tensor(shared or ((0, 0),) * len(lengths))[:, :, None].unbind(1)
+    first = torch.tensor([0, *accumulate(lengths)][:-1])[:, None]
+    column = torch.arange(int((own + count).max()))
+    before, inside = column < count, column < count + own
+    grid = torch.where(before, start + column, torch.where(inside, first + column - count, 0))
+    back, again = ((cells.flatten().nonzero()[:, 0]).to(device) for cells in (inside & ~before, before))
+    return Layout(lengths, num_prefix, grid.to(device), back, again)
 
 
 def over_grid(layout: Layout) -> Attend:
     """Attention over the grid in one call. q is (T, H, d), k and v are (T, H_kv, d)."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, prefix: KeysValues | None) -> Tensor:
-        query, key, value = (spread(x, layout.grid, layout.back) for x in (q, k, v))
+        query, key, value = (spread(x, layout.grid, layout.back, layout.again) for x in (q, k, v))
         return _causal(query, key, value, prefix).flatten(0, 1).index_select(0, layout.back)
 
     return attend
@@ -128,6 +135,8 @@ def has_varlen(device: torch.device) -> bool:
 def attention(layout: Layout, dtype: torch.dtype) -> Attend:
     """The best of the three for a device, a precision and the samples' lengths."""
     device = layout.back.device
+    if len(layout.again):  # only a grid has room for what samples share
+        return over_grid(layout)
     if has_varlen(device) and dtype in (torch.float16, torch.bfloat16):
         return over_sequence(layout)
     longest = max(layout.lengths)

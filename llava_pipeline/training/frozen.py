@@ -162,20 +162,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, kernels: Kernels = EAGER) -> Ten
 
 class _Move(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
+    def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor, again: Tensor) -> Tensor:
+        ctx.save_for_backward(back, again, index[again])
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (back,) = ctx.saved_tensors
-        return gradient.index_select(0, back), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        back, again, rows = ctx.saved_tensors
+        own = gradient.index_select(0, back)
+        return own.index_add_(0, rows, gradient.index_select(0, again)) if len(again) else own, None, None, None
 
 
-def spread(x: Tensor, grid: Tensor, back: Tensor) -> Tensor:
-    """Packed rows (T, ...) into a grid (B, L, ...). Cells without a row of their own repeat row 0, and give it no
-    gradient: ``back`` (T,) is the cell of every row."""
-    out: Tensor = _Move.apply(x, grid.flatten(), back)  # type: ignore[no-untyped-call]
+def spread(x: Tensor, grid: Tensor, back: Tensor, again: Tensor) -> Tensor:
+    """Packed rows (T, ...) into a grid (B, L, ...). ``back`` (T,) is the first cell of every row, ``again`` are the
+    cells that repeat one which is there before. All others show row 0, and give it no gradient."""
+    out: Tensor = _Move.apply(x, grid.flatten(), back, again)  # type: ignore[no-untyped-call]
     cells: Tensor = out.unflatten(0, grid.shape)
     return cells
 

@@ -184,7 +184,7 @@ def train(
 def upcoming(task: Task, spec: TrainingSpec, position: int) -> list[int]:
     """Sample numbers of the step that begins at a position of the order."""
     count = next_samples(spec, Used(samples=position))
-    return sample_indices(len(task.step.samples), spec.seed, position, count)
+    return sample_indices(task.step.samples.runs, spec.seed, position, count)
 
 
 def load(task: Task, world: World, indices: Sequence[int], following: Sequence[int]) -> None:

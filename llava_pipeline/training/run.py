@@ -336,8 +336,10 @@ class Training:
         counts = {part: total for part, (total, _) in count_parameters(model).items()}
         stored = model.lm_head.weight.dtype.itemsize
         samples = self.task.step.samples
-        in_step = self.spec.samples_per_step * len(samples.ids) // len(samples)
-        tokens, config = min(self.place.tokens_per_pass, in_step), model.config
+        config, num_again = model.config, len(samples) - len(samples.runs) + 1  # whose picture the one before has shown
+        once = len(samples.ids) - num_again * int(config.image_seq_length)
+        in_step = self.spec.samples_per_step * once // len(samples)
+        tokens = min(self.place.tokens_per_pass, in_step)
         counts["language model"] -= adapter_parameters(config.text_config, self.spec)
         return training_bytes(
             config.text_config, counts, tokens, self.dtype.itemsize, stored, self.world.device.type == "cpu",

@@ -67,6 +67,12 @@ class Samples:
         return list(self.begins.diff().tolist())
 
     @cached_property
+    def runs(self) -> Tensor:
+        """(R + 1,) where each run of samples about one picture begins, and the end; a sample without one is a run."""
+        new = (self.image.diff() != 0) | (self.image[1:] == NO_PICTURE)
+        return torch.cat([torch.zeros(1, dtype=torch.long), new.nonzero()[:, 0] + 1, torch.tensor([len(self)])])
+
+    @cached_property
     def supervised(self) -> list[int]:
         """Supervised tokens of each sample."""
         return list(self._over_tokens(lambda block, owner: _count(block._is_supervised(), owner, len(block))).tolist())
@@ -142,16 +148,23 @@ def shared_prefix(samples: Samples, image_token: int) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def order(num_samples: int, seed: int, epoch: int) -> Sequence[int]:
-    """The permutation of one epoch."""
+def order(runs: Tensor, seed: int, epoch: int) -> Sequence[int]:
+    """The permutation of one epoch. Samples about one picture that follow each other, a run, stay together: a step
+    computes their picture once. Compared by identity, as tensors are."""
     generator = torch.Generator().manual_seed((seed << 20) + epoch)
-    return tuple(torch.randperm(num_samples, generator=generator).tolist())
+    begins, lengths = runs[:-1], runs.diff()
+    chosen = torch.randperm(len(lengths), generator=generator)
+    if len(lengths) == int(runs[-1]):
+        return tuple(chosen.tolist())
+    lengths = lengths[chosen]
+    within = torch.arange(int(runs[-1])) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    return tuple((torch.repeat_interleave(begins[chosen], lengths) + within).tolist())
 
 
-def sample_indices(num_samples: int, seed: int, start: int, count: int) -> list[int]:
+def sample_indices(runs: Tensor, seed: int, start: int, count: int) -> list[int]:
     """``count`` sample numbers from position ``start`` on, through as many epochs as it takes."""
     out: list[int] = []
     while len(out) < count:
-        epoch, offset = divmod(start + len(out), num_samples)
-        out += order(num_samples, seed, epoch)[offset : offset + count - len(out)]
+        epoch, offset = divmod(start + len(out), int(runs[-1]))
+        out += order(runs, seed, epoch)[offset : offset + count - len(out)]
     return out

@@ -1,9 +1,9 @@
 """The training step: loss of some samples, and its gradient to the projector.
 
 Two of them. ``PackedStep`` is for a Llama and does nothing twice and nothing in vain: one packed pass without padding,
-the prompt's constant beginning computed once a run, the head where there is a label. ``PlainStep`` runs any other
-language model as transformers does, padded. ``tests/training/test_step.py`` holds both to the plain
-``LlavaForConditionalGeneration`` forward: same loss, same projector gradient.
+the prompt's constant beginning computed once a run and a picture once for the samples about it, the head where there
+is a label. ``PlainStep`` runs any other language model as transformers does, padded. ``tests/training/test_step.py``
+holds both to the plain ``LlavaForConditionalGeneration`` forward: same loss, same projector gradient.
 """
 
 from __future__ import annotations
@@ -68,28 +68,29 @@ class PackedStep:
         worth = spec.share_prefix and len(prefix) >= FEWEST_PREFIX_TOKENS and not self.llama.learns
         self.prefix = self.llama.prefix(prefix.to(self.device)) if worth else None
         self.num_prefix = len(self.prefix) if self.prefix else 0
+        self.shares = self.image_token if spec.share_picture else None
 
     def split(self, indices: Sequence[int], most: int) -> list[list[int]]:
         """Passes of at most ``most`` tokens."""
-        return passes(self.samples, indices, self.num_prefix, most, self.spec)
+        return passes(self.samples, indices, self.num_prefix, most, self.spec, self.shares)
 
     def loss(self, indices: Sequence[int], scale: float = 1.0) -> Tensor:
         """Sum of the losses of one pass."""
-        pack = make_pack(self.samples, indices, self.num_prefix, self.spec).to(self.device)
-        attend = attention(lay_out(pack.lengths, self.num_prefix, self.device), self.llama.dtype)
-        x = self.embed(pack, self.samples.images_of(indices))
+        pack = make_pack(self.samples, indices, self.num_prefix, self.spec, self.shares).to(self.device)
+        attend = attention(lay_out(pack.lengths, self.num_prefix, self.device, pack.shared), self.llama.dtype)
+        x = self.embed(pack)
         hidden = self.llama.hidden(x, pack.positions, attend, self.prefix, pack.rows)
         total = self.llama.losses(hidden, pack.targets, scale).sum()
         if self.prefix is not None:  # a constant: labels in the prefix, if any, count as the plain forward counts them
             total = total - self.prefix.log_probs[pack.prefix_rows, pack.prefix_targets].sum()
         return total
 
-    def embed(self, pack: Pack, images: list[int]) -> Tensor:
+    def embed(self, pack: Pack) -> Tensor:
         """(T, D) embeddings with projected features, in reading order, at the image tokens."""
         x = self.llama.embed(pack.input_ids)
-        if not images:
+        if not pack.images:
             return x
-        features = self.features(images)
+        features = self.features(pack.images)
         projected = self.projector(features.to(self.projector.linear_1.weight.dtype)).flatten(0, 1)
         return x.index_copy(0, (pack.input_ids == self.image_token).nonzero()[:, 0], projected.float())
 

@@ -16,19 +16,25 @@ from llava_pipeline.training.samples import NO_PICTURE, Samples
 
 
 def useful_flops(model: LlavaForConditionalGeneration, samples: Samples, indices: Iterable[int]) -> float:
-    """Floating-point operations of these samples as the plain model needs them, without padding."""
+    """Floating-point operations of these samples as the plain model needs them, without padding; a picture counts once
+    for samples about it that stand side by side."""
     config = model.config.text_config
     body = sum(factor(p) * num_numbers(p) for layer in model.model.language_model.layers for p in layer.parameters())
     head = factor(model.lm_head.weight) * model.lm_head.weight.numel()
     tower = sum(p.numel() for p in model.model.vision_tower.parameters())
     projector = sum(p.numel() for p in model.model.multi_modal_projector.parameters())
     places = int(model.config.image_seq_length)
-    total = 0.0
+    total, before = 0.0, NO_PICTURE
     for k in indices:
+        image = int(samples.image[k])
+        shown = image not in (NO_PICTURE, before)
         tokens, supervised = samples.num_tokens([k]), samples.num_supervised([k])
+        if image == before != NO_PICTURE:
+            tokens -= places
+        before = image
         attention = 2 * config.hidden_size * config.num_hidden_layers * tokens**2
         total += body * tokens + 3 * attention + head * supervised
-        if int(samples.image[k]) != NO_PICTURE:
+        if shown:
             total += 6 * projector * places + 2 * tower * (places + 1)
     return total
 

@@ -38,6 +38,7 @@ from tests.tiny import CONVERSATIONS, talk
 Event = dict[str, Any]
 Fault = tuple[str | float, ...]
 NUM_SAMPLES, NUM_PICTURES, NUM_HELD_OUT = 22, 9, 5
+RUNS = torch.arange(NUM_SAMPLES + 1)  # no two samples about one picture follow each other
 QUICK = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 names = itertools.count()
 Make = Callable[..., Path]

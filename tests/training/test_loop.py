@@ -308,7 +308,7 @@ def test_a_record_has_what_was_seen(llava: Llava) -> None:
     training = run(llava, a_spec(seed=3))
     samples = samples_of(llava)
     for number, record in enumerate(training.records):
-        seen = sample_indices(len(samples), 3, number * 4, 4)
+        seen = sample_indices(samples.runs, 3, number * 4, 4)
         rows = [samples.of(k) for k in seen]
         assert record.step == number + 1
         assert record.samples == seen
@@ -388,35 +388,61 @@ def test_the_gradient_is_clipped_and_its_whole_norm_told(llava: Llava) -> None:
 # --------------------------------------------------------------------------------------------- order
 
 
+def runs_of(*lengths: int) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+LENGTHS = st.lists(st.integers(1, 4), min_size=1, max_size=12).map(lambda lengths: runs_of(*lengths))
+
+
 @given(num=st.integers(1, 60), seed=st.integers(0, 2**31), epoch=st.integers(0, 1000))
 def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch_alone(num: int, seed: int, epoch: int) -> None:
     before = torch.get_rng_state()
-    found = order(num, seed, epoch)
+    runs = torch.arange(num + 1)
+    found = order(runs, seed, epoch)
     assert sorted(found) == list(range(num))
     torch.rand(1)
     order.cache_clear()
-    assert order(num, seed, epoch) == found
+    assert order(runs, seed, epoch) == found
     torch.set_rng_state(before)
     if num > 20:
-        assert order(num, seed, epoch + 1) != found
-        assert order(num, seed + 1, epoch) not in (found, order(num, seed, epoch + 1))
+        assert order(runs, seed, epoch + 1) != found
+        assert order(runs, seed + 1, epoch) not in (found, order(runs, seed, epoch + 1))
 
 
-@given(num=st.integers(1, 20), seed=st.integers(0, 99), start=st.integers(0, 90), counts=st.lists(st.integers(0, 30)))
-def test_pieces_of_the_order_join_to_the_whole(num: int, seed: int, start: int, counts: list[int]) -> None:
+@given(runs=LENGTHS, seed=st.integers(0, 99))
+def test_samples_about_one_picture_stay_together_and_in_order(runs: Tensor, seed: int) -> None:
+    found, begins = order(runs, seed, 0), runs.tolist()
+    assert sorted(found) == list(range(begins[-1]))
+    expected = order(torch.arange(len(runs)), seed, 0)  # of as many pictures with one sample each
+    assert found == tuple(k for run in expected for k in range(begins[run], begins[run + 1]))
+
+
+@pytest.mark.parametrize(
+    ("images", "runs"),
+    [([0], [0, 1]), ([0, 0, 0], [0, 3]), ([0, 1, 1, 0], [0, 1, 3, 4]), ([NO_PICTURE, NO_PICTURE, 2, 2], [0, 1, 2, 4])],
+)
+def test_a_run_is_of_samples_about_one_picture(images: list[int], runs: list[int]) -> None:
+    ids = torch.tensor([5, 6])
+    assert collect([ids] * len(images), [ids] * len(images), images).runs.tolist() == runs
+
+
+@given(runs=LENGTHS, seed=st.integers(0, 99), start=st.integers(0, 90), counts=st.lists(st.integers(0, 30)))
+def test_pieces_of_the_order_join_to_the_whole(runs: Tensor, seed: int, start: int, counts: list[int]) -> None:
     pieces: list[int] = []
     for count in counts:
-        piece = sample_indices(num, seed, start + len(pieces), count)
+        piece = sample_indices(runs, seed, start + len(pieces), count)
         assert len(piece) == count
         pieces += piece
-    assert pieces == sample_indices(num, seed, start, sum(counts))
+    assert pieces == sample_indices(runs, seed, start, sum(counts))
 
 
-@given(num=st.integers(1, 20), seed=st.integers(0, 99), epochs=st.integers(0, 4))
-def test_every_epoch_has_every_sample_once(num: int, seed: int, epochs: int) -> None:
-    found = sample_indices(num, seed, 0, num * epochs)
+@given(runs=LENGTHS, seed=st.integers(0, 99), epochs=st.integers(0, 4))
+def test_every_epoch_has_every_sample_once(runs: Tensor, seed: int, epochs: int) -> None:
+    num = int(runs[-1])
+    found = sample_indices(runs, seed, 0, num * epochs)
     assert [tuple(found[k * num : (k + 1) * num]) for k in range(epochs)] == [
-        order(num, seed, k) for k in range(epochs)
+        order(runs, seed, k) for k in range(epochs)
     ]
     assert set(Counter(found).values()) <= {epochs}
 
@@ -426,7 +452,7 @@ def test_the_samples_trained_do_not_depend_on_the_size_of_a_step(llava: Llava) -
         spec = a_spec(max_steps=None, max_samples=11, samples_per_step=samples_per_step)
         return [k for record in run(llava, spec).records for k in record.samples]
 
-    assert trained(1) == trained(3) == trained(11) == sample_indices(5, 0, 0, 11)
+    assert trained(1) == trained(3) == trained(11) == sample_indices(torch.arange(6), 0, 0, 11)
 
 
 # --------------------------------------------------------------------------------------------- what can be learned
@@ -459,7 +485,7 @@ def test_a_step_may_be_of_samples_without_a_picture_alone(llava: Llava, precisio
 def test_a_loss_that_is_no_number_is_skipped_and_counted(llava: Llava, value: float) -> None:
     spec = a_spec(max_steps=5, samples_per_step=1)
     images = samples_of(llava).image
-    seen = [int(images[k]) for k in sample_indices(len(images), spec.seed, 0, 5)]
+    seen = [int(images[k]) for k in sample_indices(torch.arange(len(images) + 1), spec.seed, 0, 5)]
     training = run(llava, spec, features=bad_pictures(llava, [0], value))
     assert training.skipped == [image == 0 for image in seen]
     assert [math.isfinite(loss) for loss in training.losses] == [image != 0 for image in seen]

@@ -92,6 +92,14 @@ def test_the_packed_step_learns_an_adapter_as_peft_does(lively: Llava, spec: Tra
     assert all(gradient.norm() > 1e-7 for gradient in expected[1].values())
 
 
+def test_an_adapter_learns_from_samples_about_one_picture_as_peft_does(lively: Llava) -> None:
+    adapted = with_adapter(lively, LORA)
+    samples, features = samples_of(adapted, image=torch.tensor([0, 0, 0, 2, 2])), features_of(adapted)
+    expected = gradients(adapted, PlainStep(adapted.model, samples, lambda images: features[images]), LORA)
+    step = make_step(adapted.model, samples, lambda images: features[images], torch.float32, StepSpec())
+    assert_same(gradients(adapted, step, LORA), expected)
+
+
 def test_activations_that_are_computed_again_change_no_gradient(adapted: Llava) -> None:
     samples, features = samples_of(adapted), features_of(adapted)
     both = []

@@ -101,6 +101,50 @@ def test_the_picture_in_the_docstring_is_true() -> None:
     assert len(pack.prefix_rows) == len(pack.prefix_targets) == 0
 
 
+def test_so_is_the_picture_of_two_samples_about_one() -> None:
+    r = 5
+    rows = [PICTURE[0], ([P, P, I, I, Q, r, A, 13, 4], [0, 0, 0, 0, 0, 0, 0, 13, 0])]
+    pack = make_pack(samples(rows), [0, 1], 2, StepSpec(), IMAGE)
+    assert pack.input_ids.tolist() == [I, I, Q, A, 11, r, A]
+    assert pack.positions.tolist() == [2, 3, 4, 5, 6, 5, 6]
+    assert (pack.lengths, pack.shared, pack.images) == ((5, 2), ((0, 0), (0, 3)), [0])
+    assert pack.rows.tolist() == [3, 4, 6]
+    assert pack.targets.tolist() == [11, 12, 13]
+
+
+def test_a_label_right_behind_what_is_shared_is_predicted_there() -> None:
+    rows = [([P, I, I, Q, A, 11, 4], [0, 0, 0, 0, 0, 11, 0]), ([P, I, I, Q, A, 12, 4], [0, 0, 0, 0, A, 12, 0])]
+    pack = make_pack(samples(rows), [0, 1], 0, StepSpec(), IMAGE)
+    assert pack.input_ids.tolist() == [P, I, I, Q, A, A]  # a sample keeps one token of its own
+    assert pack.rows.tolist() == [4, 3, 5]
+    assert pack.targets.tolist() == [11, A, 12]
+
+
+@pytest.mark.parametrize(
+    ("image", "ids"),
+    [(NO_PICTURE, [P, P, I, I, Q, A, 13, 4]), (1, [P, P, I, I, Q, A, 13, 4]), (0, [P, Q, I, I, Q, A, 13, 4])],
+    ids=["no picture", "another picture", "another beginning"],
+)
+def test_samples_share_one_picture_behind_one_beginning_or_nothing(image: int, ids: list[int]) -> None:
+    first, second = torch.tensor(PICTURE[0][0]), torch.tensor(ids)
+    data = collect([first, second], [first, second], [0, image])
+    assert make_pack(data, [0, 1], 0, WHOLE, IMAGE).shared == ((0, 0), (len(first), 0))
+    assert make_pack(data, [0, 1], 0, WHOLE, IMAGE).input_ids.tolist() == [*first.tolist(), *ids]
+
+
+@given(data=any_samples(prefix=3), most=st.integers(1, 40), num_prefix=st.integers(0, 2), select=st.booleans())
+def test_passes_count_what_is_shared_once(data: Samples, most: int, num_prefix: int, select: bool) -> None:
+    indices, spec, image = list(range(len(data))) * 2, StepSpec(select=select), 3  # the prefix's last token
+
+    def count(part: Sequence[int]) -> int:
+        return len(make_pack(data, part, num_prefix, spec, image).input_ids)
+
+    found = passes(data, indices, num_prefix, most, spec, image)
+    assert [k for part in found for k in part] == indices
+    assert all(len(part) == 1 or count(part) <= most for part in found)
+    assert all(count([*part, following[0]]) > most for part, following in pairwise(found))
+
+
 def test_without_selection_the_rest_of_a_sample_stays() -> None:
     pack = make_pack(samples(PICTURE), [1, 0], 2, WHOLE)
     assert pack.input_ids.tolist() == [I, I, Q, Q, A, 13, 4, I, I, Q, A, 11, 12, 4]

@@ -19,6 +19,7 @@ from llava_pipeline.training.job import TrainingJob
 from llava_pipeline.training.samples import sample_indices
 from tests.training.job import (
     NUM_SAMPLES,
+    RUNS,
     Make,
     Trainer,
     checkpoints,
@@ -76,7 +77,7 @@ def test_killed_at_random_moments_it_comes_to_the_same_bytes(
     train(job, out)
     every_step = changes["checkpoint_seconds"] == 0
     assert outcome(out, every_step) == uninterrupted(job, every_step)
-    assert samples_seen(out) == sample_indices(NUM_SAMPLES, changes.get("seed", 0), 0, len(samples_seen(out)))
+    assert samples_seen(out) == sample_indices(RUNS, changes.get("seed", 0), 0, len(samples_seen(out)))
     assert [row["step"] for row in history(out)] == list(range(1, 21 + 3 * kills))
     assert left_over(out) == []
 
@@ -323,7 +324,7 @@ def test_a_training_goes_on_with_another_number_of_processes(make: Make, out: Pa
 
 @pytest.mark.parametrize("max_samples", [45, 9], ids=["features kept", "features computed"])
 def test_a_process_without_a_sample_of_the_last_step_waits_for_it(make: Make, out: Path, max_samples: int) -> None:
-    last = [sample_indices(NUM_SAMPLES, seed, 0, max_samples)[-1] for seed in range(9)]
+    last = [sample_indices(RUNS, seed, 0, max_samples)[-1] for seed in range(9)]
     seed = next(seed for seed in range(9) if last[seed] % 4 != 3)  # it has a picture
     job = make(max_steps=None, max_samples=max_samples, seed=seed)
     train_together(job, out)

@@ -37,11 +37,12 @@ from llava_pipeline.training.pack import make_pack
 from llava_pipeline.training.plain import Batch, collate, embed, loss_sum
 from llava_pipeline.training.samples import NO_PICTURE, Samples, collect
 from llava_pipeline.training.step import PackedStep, PlainStep, Step, make_step
+from llava_pipeline.training.work import useful_flops
 from tests.tiny import IMAGES, pictures, samples_of
 
 CPU = torch.device("cpu")
 ALL = [0, 1, 2, 3, 4]
-SWITCHES = ("pack", "share_prefix", "select", "fold", "lean")
+SWITCHES = ("pack", "share_prefix", "share_picture", "select", "fold", "lean")
 OFF = StepSpec(**dict.fromkeys(SWITCHES, False))
 Gradients = dict[str, Tensor]
 
@@ -474,7 +475,7 @@ def losses_by_sample(made: PackedStep, features: Tensor, indices: Sequence[int])
     pack = make_pack(made.samples, indices, made.num_prefix, made.spec)
     made.features = lambda _: features
     attend = attention.attention(lay_out(pack.lengths, made.num_prefix, CPU), torch.float32)
-    x = made.embed(pack, made.samples.images_of(indices))
+    x = made.embed(pack)
     losses = made.llama.losses(made.llama.hidden(x, pack.positions, attend, made.prefix, pack.rows), pack.targets, 1.0)
     ends = torch.tensor(pack.lengths).cumsum(0)
     owner = torch.bucketize(pack.rows, ends, right=True)
@@ -654,6 +655,77 @@ def test_the_kind_of_attention_is_chosen(
     assert attention.attention(lay_out(lengths, 0, CPU), dtype) == expected
 
 
+# --------------------------------------------------------------------------------------- one picture, many samples
+
+
+def about_one_picture(case: Case, changed: int | None = None, begin: int = NUM_BEFORE) -> Case:
+    """The same texts, all about picture 1; one of them, if told, differs from its neighbours from ``begin`` on."""
+    samples = samples_with_prefix(images=[1] * 5)
+    if changed is not None:
+        samples.ids[int(samples.begins[changed]) + begin] = 58
+    return replace(case, samples=samples)
+
+
+def computed(case: Case, spec: StepSpec) -> int:
+    made = case.packed(spec)
+    return len(make_pack(case.samples, ALL, made.num_prefix, spec, made.shares).input_ids)
+
+
+@pytest.mark.parametrize("spec", [StepSpec(), StepSpec(share_prefix=False), StepSpec(select=False)])
+@pytest.mark.parametrize("indices", [ALL, [2, 2], [3, 0, 3]])
+@pytest.mark.parametrize("most", [1 << 14, 30, 1])
+def test_a_picture_that_is_shared_changes_neither_loss_nor_gradient(
+    spec: StepSpec, indices: list[int], most: int
+) -> None:
+    case = about_one_picture(case_with(llama_config(num_key_value_heads=2)))
+    assert_plain(case, spec, indices, most)
+
+
+def test_a_picture_is_computed_once_for_samples_side_by_side() -> None:
+    case = about_one_picture(case_with(llama_config()))
+    apart = replace(case, samples=samples_with_prefix())
+    assert computed(apart, StepSpec()) - computed(case, StepSpec()) == 4 * PLACES
+    assert computed(case, StepSpec(share_picture=False)) == computed(apart, StepSpec())
+    without = StepSpec(share_prefix=False)
+    assert computed(apart, without) - computed(case, without) == 4 * (PLACES + NUM_BEFORE)
+
+
+def test_the_picture_of_another_run_is_computed_for_itself() -> None:
+    case = case_with(llama_config())
+    mixed = replace(case, samples=samples_with_prefix(images=[0, 0, 2, 2, 0]))
+    assert_plain(mixed, StepSpec())
+    assert make_pack(mixed.samples, ALL, 0, StepSpec(), IMAGE_TOKEN).images == [0, 2, 0]
+
+
+def test_a_sample_that_differs_before_its_picture_shares_nothing() -> None:
+    case = about_one_picture(case_with(llama_config()), changed=2, begin=3)
+    assert_plain(case, StepSpec())
+    # The second still shares with the first; the third is a first itself, and the fourth differs from that.
+    assert [count for _, count in make_pack(case.samples, ALL, 0, StepSpec(), IMAGE_TOKEN).shared] == [0, 10, 0, 0, 10]
+
+
+def test_a_shared_picture_counts_once_as_useful_work() -> None:
+    case = case_with(llama_config())
+    apart, together = case.samples, about_one_picture(case).samples
+    first, pair = ([useful_flops(case.model, samples, part) for samples in (apart, together)] for part in ([0], [0, 1]))
+    assert first[0] == first[1]
+    num_body = sum(p.numel() for layer in case.model.model.language_model.layers for p in layer.parameters())
+    saved = pair[0] - pair[1]
+    assert saved > 4 * num_body * PLACES  # and the tower, the projector and some attention
+    assert pair[1] > first[1]
+
+
+def test_the_gradient_to_a_shared_picture_is_that_of_all_its_samples() -> None:
+    found = []
+    for share in (True, False):
+        case = about_one_picture(case_with(llama_config()))
+        made = case.packed(StepSpec(share_picture=share))
+        features = case.features([1]).requires_grad_()
+        made.features = lambda images, one=features: one.expand(len(images), -1, -1)
+        found.append(torch.autograd.grad(made.loss(ALL), features)[0])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
 # --------------------------------------------------------------------------------------------- the tower
 
 
@@ -704,7 +776,7 @@ def test_so_they_do_in_a_pack(llava: Llava) -> None:
     case = case_of(llava)
     made = case.packed()
     pack = make_pack(case.samples, ALL, 0, StepSpec())
-    found = made.embed(pack, case.samples.images_of(ALL))
+    found = made.embed(pack)
     at_image = pack.input_ids == llava.processor.image_token_id
     projected = case.model.model.multi_modal_projector(case.features(case.samples.images_of(ALL)))
     assert torch.equal(found[~at_image], case.model.get_input_embeddings()(pack.input_ids)[~at_image])
@@ -840,7 +912,7 @@ def test_a_product_with_a_frozen_weight_is_the_plain_one(stored: torch.dtype) ->
 def test_spread_puts_every_row_in_its_cell_and_gathers_its_gradient(lengths: list[int]) -> None:
     layout = lay_out(tuple(lengths), 0, CPU)
     x = random(sum(lengths), 3).requires_grad_()
-    out = frozen.spread(x, layout.grid, layout.back)
+    out = frozen.spread(x, layout.grid, layout.back, layout.again)
     assert out.shape == (len(lengths), max(lengths), 3)
     for row, part in enumerate(x.split(lengths)):
         assert torch.equal(out[row, : len(part)], part)
