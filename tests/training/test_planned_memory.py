@@ -32,7 +32,8 @@ def test_a_token_leaves_as_much_for_the_way_back_as_is_planned(mode: str) -> Non
     llava = assemble(backbones, spec.model)
     let_learn(llava.model, spec.training)
     samples, features = samples_of(llava), features_of(llava)
-    step = make_step(llava.model, samples, lambda images: features[images], torch.float32, spec.training.step)
+    alone = spec.training.step.model_copy(update={"share_picture": False})  # the same sample many times
+    step = make_step(llava.model, samples, lambda images: features[images], torch.float32, alone)
     weights = {parameter.untyped_storage().data_ptr() for parameter in llava.model.parameters()}
     kept: dict[int, int] = {}
 
