@@ -221,11 +221,11 @@ def test_a_run_that_is_killed_leaves_whole_parts_and_the_next_one_goes_on(
     command = [sys.executable, str(script), model.model_dump_json(), spec.model_dump_json()]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": os.getcwd()})
     deadline = time.monotonic() + 120
-    while len(list((home / "parts").rglob("0*"))) < 3 and process.poll() is None and time.monotonic() < deadline:
+    while len(list((home / "parts").rglob("000000-*"))) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    done = len(list((home / "parts").rglob("0*"))) - 1  # one of them holds the held-out rows
+    done = len(list((home / "parts").rglob("000000-*"))) - 1  # one of them holds the held-out rows
     assert done >= 2
     examined = counted(monkeypatch)
     resumed = validate_stream(model, spec, 20)
