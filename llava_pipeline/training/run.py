@@ -48,7 +48,7 @@ from llava_pipeline.training.job import TrainingJob, read_samples
 from llava_pipeline.training.llama import can_run, halve
 from llava_pipeline.training.loop import MAX_BAD_IN_A_ROW, Pace, Place, StepRecord, Task, make_learner, train
 from llava_pipeline.training.shard import gathered, local, shard, split_as
-from llava_pipeline.training.step import make_step
+from llava_pipeline.training.step import PackedStep, make_step
 from llava_pipeline.training.stored import in_order
 from llava_pipeline.training.work import useful_flops
 from llava_pipeline.training.world import World, join, leave
@@ -336,7 +336,9 @@ class Training:
         counts = {part: total for part, (total, _) in count_parameters(model).items()}
         stored = model.lm_head.weight.dtype.itemsize
         samples = self.task.step.samples
-        config, num_again = model.config, len(samples) - len(samples.runs) + 1  # whose picture the one before has shown
+        config, num_again = model.config, 0  # samples whose picture the one before has shown
+        if isinstance(self.task.step, PackedStep) and self.task.step.shares is not None:
+            num_again = len(samples) - len(samples.runs) + 1
         once = len(samples.ids) - num_again * int(config.image_seq_length)
         in_step = self.spec.samples_per_step * once // len(samples)
         tokens = min(self.place.tokens_per_pass, in_step)
