@@ -6,6 +6,7 @@ the flow's parameter, so Prefect's form shows the sentences too.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -523,14 +524,14 @@ def _number_or_text(text: str) -> float | str:
 
 
 def merge(content: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Put values into a mapping in place, part by part. What has kinds is replaced whole where the kind differs."""
+    """Put copies of values into a mapping in place. What has kinds is replaced whole where the kind differs."""
     for key, value in changes.items():
         there = content.get(key)
         same_kind = isinstance(there, dict) and isinstance(value, dict) and there.get("kind") == value.get("kind")
         if same_kind:
             merge(content[key], value)
         else:
-            content[key] = value
+            content[key] = copy.deepcopy(value)  # what is merged or set into it later is not the giver's
 
 
 def load_spec(

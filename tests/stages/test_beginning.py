@@ -66,6 +66,15 @@ def test_a_stage_is_the_same_however_it_is_asked_for(tmp_path: Path) -> None:
     assert (begun.begin_with, begun.training.lora.rank) == ("3", 4)
 
 
+def test_what_is_set_for_one_run_is_not_set_for_the_next_in_the_same_process() -> None:
+    expected = load_spec("tiny", stage="instruct")
+    changes = {"training": {"lora": {"rank": 4}}}
+    changed = ["training.language_model.mode=full", "training.lora.rank=8"]
+    assert load_spec("tiny", changed, changes, stage="instruct").training.language_mode == "full"
+    assert load_spec("tiny", stage="instruct") == expected
+    assert changes == {"training": {"lora": {"rank": 4}}}
+
+
 def test_a_stage_that_is_not_known_and_a_section_that_is_none_are_told(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="stage"):
         load_spec("smol", ["stage=pretrain"])
