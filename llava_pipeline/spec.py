@@ -318,6 +318,11 @@ class TrainingSpec(Frozen):
 
     vision_tower: PartSpec = Field(PartSpec(), description="Stays frozen in both stages of the original recipe.")
     projector: PartSpec = Field(PartSpec(mode="full"), description="Frozen or full.")
+    projector_start: Literal["random", "words"] = Field(
+        "random",
+        description="First weights of a projector that begins with no version: torch's own, or such that a patch reads "
+        "as the words its picture is told with.",
+    )
     language_model: PartSpec = Field(PartSpec(), description="Frozen while the projector is aligned.")
     lora: LoraSpec = Field(LoraSpec(), description="Of a language model in mode lora.")
     max_steps: int | None = Field(None, gt=0, description="Budget: optimizer steps.")

@@ -50,6 +50,7 @@ from llava_pipeline.training.loop import MAX_BAD_IN_A_ROW, Pace, Place, StepReco
 from llava_pipeline.training.shard import gathered, local, shard, split_as
 from llava_pipeline.training.step import PackedStep, make_step
 from llava_pipeline.training.stored import in_order
+from llava_pipeline.training.words import start_with_words
 from llava_pipeline.training.work import useful_flops
 from llava_pipeline.training.world import World, join, leave
 
@@ -209,6 +210,10 @@ class Training:
             Interrupted: it was asked to stop.
         """
         history_bytes = self.restore(allow_change)
+        if self.job.begin is None and self.spec.projector_start == "words" and self.place.used.steps == 0:
+            special = set(self.llava.processor.tokenizer.all_special_ids)
+            start_with_words(self.llava.model, self.task.step.samples, self.task.features, special)
+            self.world.spread(self.llava.model.model.multi_modal_projector.parameters())
         self.peak_flops = measured_flops(self.world.device, self.dtype)
         # One clock counts for all processes, or their learning rates would differ.
         (own,) = self.world.add([time.monotonic() - self.began if self.world.rank == 0 else 0.0])

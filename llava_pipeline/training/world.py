@@ -54,6 +54,11 @@ class World:
         for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(summed.view_as(gradient))
 
+    def spread(self, parameters: Iterable[Tensor]) -> None:
+        """Give every process the first one's."""
+        for parameter in parameters if self.size > 1 else ():
+            distributed.broadcast(parameter.detach(), 0)
+
     def wait(self) -> None:
         """Until every process is here."""
         if self.size > 1:
