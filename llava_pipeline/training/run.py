@@ -210,10 +210,8 @@ class Training:
             Interrupted: it was asked to stop.
         """
         history_bytes = self.restore(allow_change)
-        if self.job.begin is None and self.spec.projector_start == "words" and self.place.used.steps == 0:
-            special = set(self.llava.processor.tokenizer.all_special_ids)
-            start_with_words(self.llava.model, self.task.step.samples, self.task.features, special)
-            self.world.spread(self.llava.model.model.multi_modal_projector.parameters())
+        if self.job.begin is None and self.spec.projector_start == "words":
+            self.begin_with_words()
         self.peak_flops = measured_flops(self.world.device, self.dtype)
         # One clock counts for all processes, or their learning rates would differ.
         (own,) = self.world.add([time.monotonic() - self.began if self.world.rank == 0 else 0.0])
@@ -232,6 +230,15 @@ class Training:
                 self.save(history)
                 raise Interrupted(f"stopped after step {self.place.used.steps}; start it again to go on from there")
         self.finish()
+
+    def begin_with_words(self) -> None:
+        """First weights for the projector, unless a checkpoint has others; it has none of one that does not learn."""
+        if self.place.used.steps and self.spec.projector.learns:
+            return
+        processor = self.llava.processor
+        special = set(processor.tokenizer.convert_tokens_to_ids(list(processor.special_tokens)))
+        start_with_words(self.llava.model, self.task.step.samples, self.task.features, special)
+        self.world.spread(self.llava.model.model.multi_modal_projector.parameters())
 
     def tell_step(self, record: StepRecord, pace: Pace, history: FileIO, tell: Teller) -> None:
         """A step into the history, and to whoever listens, with what this run alone knows of it."""

@@ -11,15 +11,16 @@ What a patch shows can be read then, but how the language model finds one word b
    patches have on average. AlignVLM (arXiv 2502.01341) keeps patches such means of embeddings for good.
 3. ``fit``: the second layer by least squares, over what torch's first layer makes of the features.
 
-It takes seconds, no pass through the language model, and nothing but what is trained on anyway.
+It takes no pass through the language model, and nothing but what is trained on anyway.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +32,14 @@ from transformers import LlavaForConditionalGeneration
 from llava_pipeline.model.processor import IGNORE_INDEX
 from llava_pipeline.training.features import StepFeatures
 from llava_pipeline.training.samples import NO_PICTURE, Samples
+from llava_pipeline.training.shard import gathered
 
 log = logging.getLogger(__name__)
 NUM_PICTURES, NUM_PATCHES = 1200, 1 << 18  # that are read at most
 FITTED_PATCHES = 1 << 15  # that the layer is fitted to at most
 MAX_WORDS, MIN_SHARE = 2000, 0.005  # the commonest, and of how many pictures a word must be told
 STEPS, PICTURES, PATCHES, RATE, DECAY = 400, 256, 1 << 14, 0.02, 0.01  # of the reader: Adam, at most so many at once
-RIDGE = 1e-4
+RIDGE, ROWS = 1e-4, 1 << 12  # of the fit, and patches in float64 at once
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,6 @@ def start_with_words(
         special: ids that are no words.
     """
     began = time.monotonic()
-    projector, words = model.model.multi_modal_projector, model.get_input_embeddings().weight.detach()
     num = max(1, min(NUM_PICTURES, NUM_PATCHES // int(model.config.image_seq_length)))
     images = sorted(set(samples.image.tolist()) - {NO_PICTURE})[:num]
     told = what_is_told(samples, images, special)
@@ -67,12 +68,20 @@ def start_with_words(
         log.warning("no word is told of pictures often enough to begin with; the projector keeps its first weights")
         return
     seen = seen_features(features, images)
-    read = learn_to_read(seen, told.of.to(seen.device))
-    patches = seen.flatten(0, 1)[:: -(-seen.shape[:2].numel() // FITTED_PATCHES)]
-    share = fit(projector, patches, as_words(read(patches), words[told.ids].float(), told.counts))
+    usable = seen.isfinite().flatten(1).all(1)
+    seen, of = seen[usable], told.of.to(seen.device)[usable]
+    if not len(seen):
+        log.warning("no picture has features that are numbers; the projector keeps its first weights")
+        return
+    read, patches = learn_to_read(seen, of), some_patches(seen)
+    words = gathered(model.get_input_embeddings().weight.detach())[told.ids].float()  # each process may have a part
+    share = fit(model.model.multi_modal_projector, patches, as_words(read(patches), words, told.counts))
+    if math.isnan(share):
+        log.warning("what pictures are told with cannot be solved for; the projector keeps its first weights")
+        return
     log.info(
         "the projector begins with %d words of %d pictures, %.0f %% of what they should be, in %.0f s",
-        len(told.ids), len(images), 100 * share, time.monotonic() - began,
+        len(told.ids), len(seen), 100 * share, time.monotonic() - began,
     )  # fmt: skip
 
 
@@ -101,6 +110,15 @@ def seen_features(features: StepFeatures, images: Sequence[int]) -> Tensor:
         features.load(batch, [])
         seen.append(features(batch).float())
     return torch.cat(seen)
+
+
+def some_patches(seen: Tensor) -> Tensor:
+    """(M, D) of all patches of (N, P, D), at most ``FITTED_PATCHES``, of every place in a picture alike."""
+    patches = seen.flatten(0, 1)
+    if len(patches) <= FITTED_PATCHES:
+        return patches
+    drawn = torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))[:FITTED_PATCHES]
+    return patches[drawn.to(patches.device)]
 
 
 def learn_to_read(seen: Tensor, told: Tensor) -> Callable[[Tensor], Tensor]:
@@ -147,18 +165,33 @@ def as_words(shares: Tensor, words: Tensor, counts: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fit(projector: Any, patches: Tensor, targets: Tensor) -> float:
-    """Set the second layer so that (M, D) patches are projected to (M, D_text) targets; the share of variance reached.
+    """Set the second layer so that (M, D) patches are projected to (M, D_text) targets.
 
     Ridge regression in float64 on what the first layer, left as it is, makes of the features.
+
+    Returns:
+        The share of the targets' variance that is reached on these patches; NaN, and nothing set, where none can be.
     """
     first, second = projector.linear_1, projector.linear_2
-    inside = projector.act(first(patches.to(first.weight.dtype))).double()
-    wanted = targets.double()
-    center, mean = inside.mean(0), wanted.mean(0)
-    inside, wanted = inside - center, wanted - mean
-    squares = inside.T @ inside
+
+    def chunks() -> Iterator[tuple[Tensor, Tensor]]:
+        for some, wanted in zip(patches.split(ROWS), targets.split(ROWS), strict=True):
+            yield projector.act(first(some.to(first.weight.dtype))).double(), wanted.double()
+
+    width = first.out_features
+    center, mean = patches.new_zeros(width, dtype=torch.float64), targets.mean(0, dtype=torch.float64)
+    for inside, _ in chunks():
+        center += inside.sum(0) / len(patches)
+    squares, products = center.new_zeros(width, width), center.new_zeros(width, targets.shape[1])
+    for inside, wanted in chunks():
+        squares += (inside - center).T @ (inside - center)
+        products += (inside - center).T @ (wanted - mean)
     squares.diagonal().add_(RIDGE * squares.diagonal().mean())
-    weight = torch.linalg.solve(squares, inside.T @ wanted)
+    weight, failed = torch.linalg.solve_ex(squares, products)
+    left = sum(float(((inside - center) @ weight - wanted + mean).square().sum()) for inside, wanted in chunks())
+    whole = float((targets.double() - mean).square().sum())
+    if failed or not whole or not math.isfinite(left):
+        return math.nan
     second.weight.copy_(weight.T)
     second.bias.copy_(mean - center @ weight)
-    return 1 - float((inside @ weight - wanted).square().sum() / wanted.square().sum())
+    return 1 - left / whole

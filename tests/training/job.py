@@ -389,6 +389,14 @@ def other_versions(version: str) -> None:
     job.version = lambda name: version
 
 
+def reads_otherwise() -> None:
+    """The second process fits a projector that begins with words to something else."""
+    from llava_pipeline.training import words
+
+    if os.environ.get("RANK") == "1":
+        words.RIDGE = 10.0
+
+
 def no_number_from(step: int) -> None:
     """The loss is no number from a step on."""
     from llava_pipeline.training import loop
@@ -422,5 +430,6 @@ FAULTS: dict[str, Callable[..., None]] = {
     "threads": torch.set_num_threads,
     "other_versions": other_versions,
     "no_number_from": no_number_from,
+    "reads_otherwise": reads_otherwise,
     "sleep_in_steps": sleep_in_steps,
 }

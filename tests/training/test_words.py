@@ -20,7 +20,7 @@ from llava_pipeline.model.projector import digest_of, state_of
 from llava_pipeline.spec import TrainingSpec, load_spec
 from llava_pipeline.training.features import Computed
 from llava_pipeline.training.samples import NO_PICTURE, collect
-from llava_pipeline.training.words import as_words, fit, learn_to_read, start_with_words
+from llava_pipeline.training.words import as_words, fit, learn_to_read, some_patches, start_with_words
 from tests.tiny import samples_of
 from tests.training.job import Make, history, nursery, outcome, train, train_together
 
@@ -50,7 +50,7 @@ def test_words_are_found_under_their_patches_though_only_pictures_are_told_with_
 
 
 def test_a_patch_becomes_the_average_word_and_more_of_what_it_has() -> None:
-    words = torch.eye(3)[:, :3] * 2
+    words = torch.eye(3) * 2
     shares = torch.tensor([[0.9, 0.0, 0.1], [0.0, 0.9, 0.1]])
     first, second = as_words(shares, words, torch.tensor([1.0, 1.0, 2.0]))
     assert first[0] > first[1]
@@ -111,11 +111,12 @@ def test_from_captions_alone_real_patches_come_to_lie_near_the_words_of_what_is_
 class Noise:
     """Features of pictures that show nothing."""
 
-    def load(self, images: Sequence[int], following: Sequence[int]) -> None:
-        pass
-
-    def __init__(self, width: int) -> None:
+    def __init__(self, llava: Llava) -> None:
+        width = llava.model.model.multi_modal_projector.linear_1.in_features
         self.features = torch.randn(3, 4, width, generator=torch.Generator().manual_seed(1))
+
+    def load(self, images: Sequence[int], following: Sequence[int]) -> None:
+        """They are there."""
 
     def __call__(self, images: list[int]) -> Tensor:
         return self.features[images]
@@ -126,7 +127,7 @@ def test_where_nothing_is_told_of_pictures_the_first_weights_stay_and_that_is_sa
 ) -> None:
     before = digest_of(state_of(llava.model))
     samples = samples_of(llava)
-    features = Noise(llava.model.model.multi_modal_projector.linear_1.in_features)
+    features = Noise(llava)
     no_pictures = replace(samples, image=torch.full_like(samples.image, NO_PICTURE))
     with caplog.at_level(logging.WARNING):
         start_with_words(llava.model, no_pictures, features, set())
@@ -149,12 +150,51 @@ def test_a_training_begins_with_words_and_goes_on_exactly_after_it_was_stopped(m
     assert outcome(tmp_path / "random")["projector"] != outcome(tmp_path / "whole")["projector"]
 
 
-def test_all_processes_begin_with_the_same_words(make: Make, tmp_path: Path) -> None:
+def test_a_projector_that_does_not_learn_has_its_words_after_a_kill_too(make: Make, tmp_path: Path) -> None:
+    parts = {"projector": {"mode": "frozen"}, "language_model": {"mode": "lora"}}
+    job = make(projector_start="words", **parts)
+    train(job, tmp_path / "whole")
+    stopped = nursery().start(job, tmp_path / "again")
+    stopped.until(3)
+    stopped.kill()
+    train(job, tmp_path / "again")
+    assert outcome(tmp_path / "again") == outcome(tmp_path / "whole")
+
+
+def test_all_processes_begin_with_the_first_one_s_words(make: Make, tmp_path: Path) -> None:
     job = make(projector_start="words", max_steps=3)
+    ranks = train_together(job, tmp_path / "together", faults=[("reads_otherwise",)])
+    assert any("the projector begins with" in note for note in ranks[0].notes("info"))
+    train(job, tmp_path / "alone")
+    together, alone = ([row["loss"] for row in history(tmp_path / name)] for name in ("together", "alone"))
+    assert together == pytest.approx(alone, rel=1e-4)
+
+
+def test_words_are_found_in_a_language_model_that_is_split_over_processes(make: Make, tmp_path: Path) -> None:
+    job = make(projector_start="words", max_steps=2, language_model={"mode": "full"})
     train_together(job, tmp_path / "together")
     train(job, tmp_path / "alone")
     together, alone = ([row["loss"] for row in history(tmp_path / name)] for name in ("together", "alone"))
     assert together == pytest.approx(alone, rel=1e-4)
+
+
+def test_every_place_in_a_picture_is_fitted_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llava_pipeline.training.words.FITTED_PATCHES", 1024)
+    places = torch.arange(16.0).expand(512, 16)[..., None]
+    drawn = some_patches(places).flatten().long().bincount(minlength=16)
+    assert drawn.sum() == 1024
+    assert drawn.min() > 32  # 64 on average
+
+
+def test_a_picture_with_features_that_are_no_number_spoils_nothing(llava: Llava) -> None:
+    features = Noise(llava)
+    features.features[1, 2, 0] = torch.nan
+    start_with_words(llava.model, samples_of(llava), features, set())
+    assert all(value.isfinite().all() for value in state_of(llava.model).values())
+    before = digest_of(state_of(llava.model))
+    features.features[:] = torch.nan
+    start_with_words(llava.model, samples_of(llava), features, set())
+    assert digest_of(state_of(llava.model)) == before
 
 
 def test_the_spec_knows_no_third_way_to_begin() -> None:
