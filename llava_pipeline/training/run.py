@@ -210,7 +210,7 @@ class Training:
             Interrupted: it was asked to stop.
         """
         history_bytes = self.restore(allow_change)
-        if self.job.begin is None and self.spec.projector_start == "words":
+        if self.wants_words():
             self.begin_with_words()
         self.peak_flops = measured_flops(self.world.device, self.dtype)
         # One clock counts for all processes, or their learning rates would differ.
@@ -231,10 +231,13 @@ class Training:
                 raise Interrupted(f"stopped after step {self.place.used.steps}; start it again to go on from there")
         self.finish()
 
+    def wants_words(self) -> bool:
+        """Whether nothing else has brought the projector its weights: a version, or a checkpoint of one that learns."""
+        restored = self.place.used.steps > 0 and self.spec.projector.learns
+        return self.spec.projector_start == "words" and self.job.begin is None and not restored
+
     def begin_with_words(self) -> None:
-        """First weights for the projector, unless a checkpoint has others; it has none of one that does not learn."""
-        if self.place.used.steps and self.spec.projector.learns:
-            return
+        """First weights for the projector, the same in every process."""
         processor = self.llava.processor
         special = set(processor.tokenizer.convert_tokens_to_ids(list(processor.special_tokens)))
         start_with_words(self.llava.model, self.task.step.samples, self.task.features, special)

@@ -57,6 +57,8 @@ def start_with_words(
 ) -> None:
     """Give a projector its first weights, from the first pictures of what it will be trained on.
 
+    Where that cannot be done it keeps those it has, and a warning says why.
+
     Args:
         special: ids that are no words.
     """
@@ -132,13 +134,12 @@ def learn_to_read(seen: Tensor, told: Tensor) -> Callable[[Tensor], Tensor]:
     num, patches, width = seen.shape
     often = told.float().mean(0).clamp(1e-4, 1 - 1e-4)
     weight = torch.zeros(width, told.shape[1], device=seen.device, requires_grad=True)
-    bias = (
-        (-torch.log1p(-often) / patches).expm1().log().requires_grad_()
-    )  # all patches alike, each word as often as told
-    optimizer = torch.optim.Adam([weight, bias])
+    # At first all patches are alike, and each word is as likely as it is often told.
+    bias = (-torch.log1p(-often) / patches).expm1().log().requires_grad_()
+    optimizer = torch.optim.Adam([weight, bias], lr=RATE)
+    rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
     draw, at_once = torch.Generator().manual_seed(0), max(1, min(PICTURES, num, PATCHES // patches))
-    for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
+    for _ in range(STEPS):
         some = torch.randint(num, (at_once,), generator=draw).to(seen.device)
         nowhere = functional.softplus((seen[some] - center) / spread @ weight + bias).sum(1)
         somewhere = -torch.log(-torch.expm1(-nowhere).clamp(max=-1e-6))
@@ -146,6 +147,7 @@ def learn_to_read(seen: Tensor, told: Tensor) -> Callable[[Tensor], Tensor]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        rate.step()
     return lambda rows: -torch.expm1(-functional.softplus((rows - center) / spread @ weight.detach() + bias.detach()))
 
 

@@ -17,7 +17,7 @@ from llava_pipeline.contracts import Backbones
 from llava_pipeline.data import scenes
 from llava_pipeline.model.assemble import Llava, assemble
 from llava_pipeline.model.projector import digest_of, state_of
-from llava_pipeline.spec import TrainingSpec, load_spec
+from llava_pipeline.spec import load_spec
 from llava_pipeline.training.features import Computed
 from llava_pipeline.training.samples import NO_PICTURE, collect
 from llava_pipeline.training.words import as_words, fit, learn_to_read, some_patches, start_with_words
@@ -195,9 +195,3 @@ def test_a_picture_with_features_that_are_no_number_spoils_nothing(llava: Llava)
     features.features[:] = torch.nan
     start_with_words(llava.model, samples_of(llava), features, set())
     assert digest_of(state_of(llava.model)) == before
-
-
-def test_the_spec_knows_no_third_way_to_begin() -> None:
-    assert TrainingSpec(max_steps=1).projector_start == "random"
-    with pytest.raises(ValueError, match="projector_start"):
-        TrainingSpec(max_steps=1, projector_start="zeros")
