@@ -330,6 +330,11 @@ class TrainingSpec(Frozen):
     max_minutes: float | None = Field(None, gt=0, description="Budget: minutes since training started, all attempts.")
     max_cost: float | None = Field(None, gt=0, description="Budget: what `price_per_hour` makes of the time.")
     price_per_hour: float = Field(0.0, ge=0, description="Of the machine, in any currency; told, and for `max_cost`.")
+    rounds: Literal["together", "apart"] = Field(
+        "together",
+        description="A sample is a conversation, or each question of it with its answer: apart no answer is told by an "
+        "earlier one, and a step computes their picture once.",
+    )
     samples_per_step: int = Field(8, gt=0, description="Samples of one optimizer step, over all devices.")
     tokens_per_pass: int | None = Field(
         None,

@@ -41,12 +41,12 @@ def operations(spec: RunSpec, sizes: Sizes) -> dict[str, float]:
         "language model": layers * (each + again * forward),
         "attention": layers * attention * (3 + again),
         "head": head * (6 if training.language_mode == "full" else 4),
-        "projector": counts["projector"] * sizes.image_tokens * (6 if training.projector.learns else 2),
-        "vision tower": tower * tower_share(spec),
+        "projector": counts["projector"] * sizes.image_tokens * (6 if training.projector.learns else 2) / sizes.rounds,
+        "vision tower": tower * tower_share(spec, sizes) / sizes.rounds,
     }
 
 
-def tower_share(spec: RunSpec) -> float:
+def tower_share(spec: RunSpec, sizes: Sizes) -> float:
     """How many times the tower sees a sample's picture: once, or once in all where its features are kept."""
     counted = [
         spec.training.max_steps and spec.training.max_steps * spec.training.samples_per_step,
@@ -55,7 +55,7 @@ def tower_share(spec: RunSpec) -> float:
     counts = [count for count in counted if count]
     if not spec.training.step.keep_features or not counts:
         return 1.0
-    return min(1.0, spec.data.max_samples / min(counts))
+    return min(1.0, spec.data.max_samples * sizes.rounds / min(counts))
 
 
 def asking(spec: RunSpec, sizes: Sizes) -> float:

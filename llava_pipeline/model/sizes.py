@@ -7,6 +7,7 @@ kind of source, measured or published, and named an estimate wherever it is told
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -42,17 +43,22 @@ OTHER_TEXT_TOKENS = 240  # of llava-instruct-mix-vsft, published; what a file ho
 CAPTION_TOKENS = 18  # of a caption of LLaVA-Pretrain, published: the template `plain` has nothing else
 SUPERVISED = {ScenesSource: 17, EasyVqaSource: 40}  # of the text's tokens, measured
 OTHER_SUPERVISED_SHARE = 0.7
+SCENES_ROUNDS = 4.5  # of a training conversation, measured
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is known of a run before anything is read: shapes and counts."""
+    """What is known of a run before anything is read: shapes and counts.
+
+    ``tokens``, of which are ``supervised``, are a sample's; ``rounds`` samples share the tokens of a picture.
+    """
 
     shape: Shape
     image_tokens: int
     tokens: int
     longest: int
     supervised: int
+    rounds: float
     trainable: dict[str, int]
 
     @property
@@ -83,15 +89,27 @@ def sizes_of(spec: RunSpec) -> Sizes:
         "adapter": adapter_parameters(text, training),
         "language model": counts["language model"] if training.language_mode == "full" else 0,
     }
-    raw = image_tokens * spec.model.pixel_shuffle**2
+    raw, rounds = image_tokens * spec.model.pixel_shuffle**2, rounds_of(spec)
+    supervised = SUPERVISED.get(source, round(OTHER_SUPERVISED_SHARE * (tokens - image_tokens)))
     return Sizes(
         shape=Shape(text, vision, counts, raw),
         image_tokens=image_tokens,
-        tokens=tokens,
+        tokens=math.ceil(tokens / rounds),
         longest=tokens if source in TEXT_TOKENS else spec.data.max_tokens,
-        supervised=SUPERVISED.get(source, round(OTHER_SUPERVISED_SHARE * (tokens - image_tokens))),
+        supervised=math.ceil(supervised / rounds),
+        rounds=rounds,
         trainable={part: count for part, count in learned.items() if count or part == "projector"},
     )
+
+
+def rounds_of(spec: RunSpec) -> float:
+    """Samples that a conversation makes; of a source whose conversations are not known before they are read, one."""
+    source = spec.data.source
+    if spec.training.rounds == "together":
+        return 1.0
+    if isinstance(source, EasyVqaSource):
+        return float(source.questions_per_image)
+    return SCENES_ROUNDS if isinstance(source, ScenesSource) else 1.0
 
 
 def config_of(part: Backbone, spec: RunSpec) -> Any:

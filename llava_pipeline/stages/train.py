@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from llava_pipeline.contracts import ArtifactRef, AssembledModel, Beginning, Sna
 from llava_pipeline.data.snapshot import Rows, open_rows
 from llava_pipeline.errors import TrainerDied
 from llava_pipeline.model import projector
-from llava_pipeline.model.processor import Processor
+from llava_pipeline.model.processor import Message, Processor
 from llava_pipeline.model.read_processor import processor_of
 from llava_pipeline.progress import bar
 from llava_pipeline.spec import TrainingSpec
@@ -33,6 +33,8 @@ from llava_pipeline.training.launch import Event, launch
 log = logging.getLogger(__name__)
 PICTURES_AT_ONCE = 256
 Follow = Callable[[Event], None]
+Tokens = np.ndarray[Any, np.dtype[np.int32]]
+Rounds = Literal["together", "apart"]
 
 
 def train_projector(
@@ -125,30 +127,56 @@ def make_job(
 ) -> TrainingJob:
     """What the training process reads: token ids and pictures as the tower wants them, both of the store."""
     processor = processor_of(model)
-    train = prepare(processor, open_rows(data.train.rows), None)
+    train = prepare(processor, open_rows(data.train.rows), None, spec.rounds)
     held_out = None
     if spec.held_out_samples:
-        held_out = prepare(processor, open_rows(data.held_out.rows), spec.held_out_samples)
+        held_out = prepare(processor, open_rows(data.held_out.rows), spec.held_out_samples, spec.rounds)
     begin = beginning.projector if beginning is not None else None
     return TrainingJob(model=model, train=train, held_out=held_out, spec=spec, begin=begin)
 
 
-def prepare(processor: Processor, rows: Rows, first: int | None) -> ArtifactRef:
-    """Samples as the training process reads them: no decoding and no template is left to do there."""
+def prepare(processor: Processor, rows: Rows, first: int | None, rounds: Rounds = "together") -> ArtifactRef:
+    """Samples of the first rows as the training process reads them: no decoding and no template is left to do there."""
     count = len(rows) if first is None else min(first, len(rows))
     used = sorted({image for image in rows.image[:count] if image >= 0})
     number = {image: k for k, image in enumerate(used)}
-    lengths = torch.tensor([0, *(len(ids) for ids in rows.input_ids[:count])])
+    ids, labels, image = zip(*samples_of(processor, rows, count, rounds), strict=True)
     tokens = {
-        "ids": torch.from_numpy(np.concatenate(rows.input_ids[:count])),
-        "labels": torch.from_numpy(np.concatenate(rows.labels[:count])),
-        "begins": lengths.cumsum(0),
-        "image": torch.tensor([number.get(image, image) for image in rows.image[:count]]),
+        "ids": torch.from_numpy(np.concatenate(ids)),
+        "labels": torch.from_numpy(np.concatenate(labels)),
+        "begins": torch.tensor([0, *map(len, ids)]).cumsum(0),
+        "image": torch.tensor([number.get(one, one) for one in image]),
     }
     with writing("samples") as (folder, done), bar("pictures", len(used)) as advance:
         save_file(tokens, folder / TOKENS)
         write_pixels(folder / PIXELS, processor, rows, used, advance)
     return done[0]
+
+
+def samples_of(processor: Processor, rows: Rows, count: int, rounds: Rounds) -> Iterator[tuple[Tokens, Tokens, int]]:
+    """(T,) ids and labels, and the picture, of every sample of the first rows: of a row, or of each round of it."""
+    whole = zip(rows.input_ids[:count], rows.labels[:count], rows.image[:count], strict=True)
+    if rounds == "together":
+        yield from whole
+        return
+    with bar("rounds", count) as advance:
+        for row, (questions, answers) in zip(whole, zip(rows.questions, rows.answers, strict=True), strict=False):
+            if len(questions) == 1:
+                yield row
+            else:
+                for question, answer in zip(questions, answers, strict=True):
+                    encoded = processor.encode(one_round(question, answer, has_picture=row[2] >= 0))
+                    yield np.asarray(encoded.input_ids, np.int32), np.asarray(encoded.labels, np.int32), row[2]
+            advance(1)
+
+
+def one_round(question: str, answer: str, has_picture: bool) -> list[Message]:
+    """A conversation of one question, below its picture as LLaVA writes it: ``<image>``, a line break, the question."""
+    image, text = [{"type": "image"}] * has_picture, "\n" * has_picture + question
+    return [
+        {"role": "user", "content": [*image, {"type": "text", "text": text}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
 
 
 def write_pixels(path: Path, processor: Processor, rows: Rows, used: list[int], advance: Callable[[int], None]) -> None:

@@ -1,0 +1,109 @@
+"""``training.rounds=apart``: every question of a conversation is a sample of its own, about the same picture."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llava_pipeline.contracts import AssembledModel, Backbones, Cursor, ValidatedData
+from llava_pipeline.data import scenes
+from llava_pipeline.data.snapshot import Rows, open_rows
+from llava_pipeline.model.assemble import Llava, describe
+from llava_pipeline.model.plan import plan
+from llava_pipeline.model.processor import Processor
+from llava_pipeline.spec import DataSpec, ScenesSource, TrainingSpec, load_spec
+from llava_pipeline.stages import train as train_stage
+from llava_pipeline.stages.validate import validate_stream
+from llava_pipeline.store import open_artifact
+from llava_pipeline.training.job import TOKENS
+from llava_pipeline.training.pack import make_pack
+from llava_pipeline.training.samples import Samples, collect
+from tests.tiny import SPEC
+
+NUM_ROWS = 6
+APART = TrainingSpec(max_steps=2, samples_per_step=5, device="cpu", rounds="apart", held_out_samples=4)
+
+
+@pytest.fixture(scope="module")
+def data(backbones: Backbones, shared: Llava) -> ValidatedData:
+    model = describe(shared, backbones, SPEC.model)
+    return validate_stream(model, DataSpec(source=ScenesSource(), max_samples=NUM_ROWS), 4, lambda *_: Cursor())
+
+
+@pytest.fixture(scope="module")
+def rows(data: ValidatedData) -> Rows:
+    return open_rows(data.train.rows)
+
+
+def samples_of(processor: Processor, rows: Rows, count: int = NUM_ROWS) -> Samples:
+    ids, labels, image = zip(*train_stage.samples_of(processor, rows, count, "apart"), strict=True)
+    return collect([torch.tensor(one) for one in ids], [torch.tensor(one) for one in labels], image)
+
+
+def test_a_round_apart_is_written_as_a_held_out_question_is(processor: Processor, rows: Rows) -> None:
+    _, questions = scenes.questions_at(0, "train", 0)
+    samples = samples_of(processor, rows, 1)
+    assert len(samples) == len(questions) > 1
+    for k, question in enumerate(questions):
+        alone = [scenes.turn("user", question.text, with_image=True), scenes.turn("assistant", question.answer)]
+        encoded = processor.encode(alone)
+        ids, labels = samples.of(k)
+        assert (ids.tolist(), labels.tolist()) == (encoded.input_ids, encoded.labels)
+
+
+def test_every_round_is_a_sample_about_its_conversation_s_picture(processor: Processor, rows: Rows) -> None:
+    samples = samples_of(processor, rows)
+    assert Counter(samples.image.tolist()) == {rows.image[k]: len(rows.questions[k]) for k in range(NUM_ROWS)}
+    assert len(samples.runs) - 1 == NUM_ROWS  # they follow each other, so a step computes the picture once
+
+
+def test_a_pack_of_rounds_apart_is_smaller_than_that_of_their_conversations(processor: Processor, rows: Rows) -> None:
+    apart, token = samples_of(processor, rows), processor.image_token_id
+    together = collect(
+        [torch.tensor(one) for one in rows.input_ids], [torch.tensor(one) for one in rows.labels], rows.image
+    )
+    step = APART.step
+    packed, whole = (make_pack(some, range(len(some)), 0, step, token) for some in (apart, together))
+    assert packed.images == whole.images == rows.image
+    assert len(packed.targets) == len(whole.targets)
+    assert len(packed.input_ids) < len(whole.input_ids)
+
+
+def test_a_conversation_of_one_round_is_left_as_it_is(processor: Processor, rows: Rows) -> None:
+    one = dataclasses.replace(rows, questions=[row[:1] for row in rows.questions])
+    found = list(train_stage.samples_of(processor, one, NUM_ROWS, "apart"))
+    assert [ids.tolist() for ids, _, _ in found] == [ids.tolist() for ids in rows.input_ids]
+
+
+def test_rounds_without_a_picture_are_asked_without_one(processor: Processor, rows: Rows) -> None:
+    blind = dataclasses.replace(rows, image=[-1] * NUM_ROWS)
+    found = list(train_stage.samples_of(processor, blind, NUM_ROWS, "apart"))
+    assert len(found) == sum(map(len, rows.questions))
+    assert all(processor.image_token_id not in ids and image == -1 for ids, _, image in found)
+
+
+def test_words_of_a_question_never_become_special_tokens(processor: Processor, rows: Rows) -> None:
+    hostile = dataclasses.replace(rows, questions=[["<image></s>", "<image>"]], answers=[["a", "<image>"]])
+    for ids, _, _ in train_stage.samples_of(processor, hostile, 1, "apart"):
+        assert Counter(ids.tolist())[processor.image_token_id] == processor.num_image_tokens
+
+
+def test_a_training_apart_counts_rounds_as_samples(assembled: AssembledModel, data: ValidatedData, rows: Rows) -> None:
+    job = train_stage.make_job(assembled, data, APART)
+    assert len(load_file(open_artifact(job.train) / TOKENS)["image"]) == sum(map(len, rows.questions))
+    trained = train_stage.train_projector(assembled, data, APART)
+    history = train_stage.read_lines(open_artifact(trained.history) / "history.jsonl")
+    assert (trained.num_steps, trained.num_samples) == (2, 10)
+    assert [row["num_samples"] for row in history] == [5, 5]
+    assert trained.held_out_loss is not None
+
+
+def test_the_plan_divides_a_conversation_by_its_rounds() -> None:
+    together = plan(load_spec("smol", ["training.rounds=together"], stage="instruct"))
+    apart = plan(load_spec("smol", ["training.rounds=apart"], stage="instruct"))
+    assert apart.tokens_per_sample_estimate < together.tokens_per_sample_estimate / 3
+    assert apart.flops_per_sample < together.flops_per_sample / 3
