@@ -216,6 +216,7 @@ Source = Annotated[
     Field(discriminator="kind"),
 ]
 Split = Literal["train", "test"]
+Rounds = Literal["together", "apart"]
 Stage = Literal["align", "instruct"]
 INSTRUCT: dict[str, Any] = {"training": {"language_model": {"mode": "lora"}}}  # where a profile says nothing of it
 
@@ -330,10 +331,10 @@ class TrainingSpec(Frozen):
     max_minutes: float | None = Field(None, gt=0, description="Budget: minutes since training started, all attempts.")
     max_cost: float | None = Field(None, gt=0, description="Budget: what `price_per_hour` makes of the time.")
     price_per_hour: float = Field(0.0, ge=0, description="Of the machine, in any currency; told, and for `max_cost`.")
-    rounds: Literal["together", "apart"] = Field(
+    rounds: Rounds = Field(
         "together",
         description="A sample is a conversation, or each question of it with its answer: apart no answer is told by an "
-        "earlier one, and a step computes their picture once.",
+        "earlier one.",
     )
     samples_per_step: int = Field(8, gt=0, description="Samples of one optimizer step, over all devices.")
     tokens_per_pass: int | None = Field(
@@ -442,6 +443,15 @@ class RunSpec(Frozen):
                 found = ParquetSource(path=str(folder))
                 # Past the freeze: pydantic ignores another instance that an after-validator gives back.
                 self.__dict__["data"] = self.data.model_copy(update={"source": found})
+        return self
+
+    @model_validator(mode="after")
+    def _asks(self) -> Self:
+        if self.training.rounds == "apart" and self.model.chat_template == "plain":
+            raise ValueError(
+                "the template plain writes no questions, so rounds apart would ask the same for every answer; leave "
+                "training.rounds at together, or choose another model.chat_template"
+            )
         return self
 
     @property

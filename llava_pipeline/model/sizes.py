@@ -35,6 +35,7 @@ from llava_pipeline.spec import (
     RandomBackbone,
     RunSpec,
     ScenesSource,
+    TrainingSpec,
     WheelBackbone,
 )
 
@@ -43,22 +44,24 @@ OTHER_TEXT_TOKENS = 240  # of llava-instruct-mix-vsft, published; what a file ho
 CAPTION_TOKENS = 18  # of a caption of LLaVA-Pretrain, published: the template `plain` has nothing else
 SUPERVISED = {ScenesSource: 17, EasyVqaSource: 40}  # of the text's tokens, measured
 OTHER_SUPERVISED_SHARE = 0.7
-SCENES_ROUNDS = 4.5  # of a training conversation, measured
+SCENES_ROUNDS, EASY_VQA_ROUNDS = 4.5, 10  # of a training conversation, measured
 
 
 @dataclass(frozen=True)
 class Sizes:
     """What is known of a run before anything is read: shapes and counts.
 
-    ``tokens``, of which are ``supervised``, are a sample's; ``rounds`` samples share the tokens of a picture.
+    ``tokens`` are what a sample adds to a step, ``alone`` those it sees: more, where ``pictured`` samples, on average,
+    share a picture.
     """
 
     shape: Shape
     image_tokens: int
     tokens: int
+    alone: int
     longest: int
     supervised: int
-    rounds: float
+    pictured: float
     trainable: dict[str, int]
 
     @property
@@ -83,21 +86,25 @@ def sizes_of(spec: RunSpec) -> Sizes:
         counts = count_on_meta(vision, text, spec.model)
     source, training = type(spec.data.source), spec.training
     words = TEXT_TOKENS.get(source, CAPTION_TOKENS if spec.model.chat_template == "plain" else OTHER_TEXT_TOKENS)
-    tokens = min(spec.data.max_tokens, image_tokens + words)
+    rounds = rounds_of(spec)
+    words = max(1, min(words, spec.data.max_tokens - image_tokens))
+    alone = image_tokens + math.ceil(words / rounds)
+    pictured = min(rounds, training.samples_per_step) if shares_pictures(training) else 1.0
     learned = {
         "projector": counts["projector"] if training.projector.learns else 0,
         "adapter": adapter_parameters(text, training),
         "language model": counts["language model"] if training.language_mode == "full" else 0,
     }
-    raw, rounds = image_tokens * spec.model.pixel_shuffle**2, rounds_of(spec)
-    supervised = SUPERVISED.get(source, round(OTHER_SUPERVISED_SHARE * (tokens - image_tokens)))
+    raw = image_tokens * spec.model.pixel_shuffle**2
+    supervised = SUPERVISED.get(source, round(OTHER_SUPERVISED_SHARE * words))
     return Sizes(
         shape=Shape(text, vision, counts, raw),
         image_tokens=image_tokens,
-        tokens=math.ceil(tokens / rounds),
-        longest=tokens if source in TEXT_TOKENS else spec.data.max_tokens,
+        tokens=math.ceil(image_tokens / pictured + words / rounds),
+        alone=alone,
+        longest=alone if source in TEXT_TOKENS else spec.data.max_tokens,
         supervised=math.ceil(supervised / rounds),
-        rounds=rounds,
+        pictured=pictured,
         trainable={part: count for part, count in learned.items() if count or part == "projector"},
     )
 
@@ -108,8 +115,14 @@ def rounds_of(spec: RunSpec) -> float:
     if spec.training.rounds == "together":
         return 1.0
     if isinstance(source, EasyVqaSource):
-        return float(source.questions_per_image)
+        return float(min(EASY_VQA_ROUNDS, source.questions_per_image))
     return SCENES_ROUNDS if isinstance(source, ScenesSource) else 1.0
+
+
+def shares_pictures(training: TrainingSpec) -> bool:
+    """Whether a step computes the tokens of a picture once for the samples about it."""
+    plain = training.language_mode == "full" or training.lora.quantize is not None
+    return training.step.pack and training.step.share_picture and not plain
 
 
 def config_of(part: Backbone, spec: RunSpec) -> Any:

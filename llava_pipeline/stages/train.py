@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from llava_pipeline.model import projector
 from llava_pipeline.model.processor import Message, Processor
 from llava_pipeline.model.read_processor import processor_of
 from llava_pipeline.progress import bar
-from llava_pipeline.spec import TrainingSpec
+from llava_pipeline.spec import Rounds, TrainingSpec
 from llava_pipeline.store import home, write_text, writing
 from llava_pipeline.training import checkpoint
 from llava_pipeline.training.job import PIXELS, TOKENS, TrainingJob
@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 PICTURES_AT_ONCE = 256
 Follow = Callable[[Event], None]
 Tokens = np.ndarray[Any, np.dtype[np.int32]]
-Rounds = Literal["together", "apart"]
 
 
 def train_projector(
@@ -135,7 +134,7 @@ def make_job(
     return TrainingJob(model=model, train=train, held_out=held_out, spec=spec, begin=begin)
 
 
-def prepare(processor: Processor, rows: Rows, first: int | None, rounds: Rounds = "together") -> ArtifactRef:
+def prepare(processor: Processor, rows: Rows, first: int | None, rounds: Rounds) -> ArtifactRef:
     """Samples of the first rows as the training process reads them: no decoding and no template is left to do there."""
     count = len(rows) if first is None else min(first, len(rows))
     used = sorted({image for image in rows.image[:count] if image >= 0})
@@ -159,13 +158,14 @@ def samples_of(processor: Processor, rows: Rows, count: int, rounds: Rounds) -> 
     if rounds == "together":
         yield from whole
         return
-    with bar("rounds", count) as advance:
-        for row, (questions, answers) in zip(whole, zip(rows.questions, rows.answers, strict=True), strict=False):
+    with bar("rounds of conversations", count) as advance:
+        for row, questions, answers in zip(whole, rows.questions[:count], rows.answers[:count], strict=True):
             if len(questions) == 1:
                 yield row
             else:
+                has_picture = row[2] >= 0
                 for question, answer in zip(questions, answers, strict=True):
-                    encoded = processor.encode(one_round(question, answer, has_picture=row[2] >= 0))
+                    encoded = processor.encode(one_round(question, answer, has_picture))
                     yield np.asarray(encoded.input_ids, np.int32), np.asarray(encoded.labels, np.int32), row[2]
             advance(1)
 

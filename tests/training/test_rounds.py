@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from llava_pipeline.contracts import AssembledModel, Backbones, Cursor, ValidatedData
 from llava_pipeline.data import scenes
 from llava_pipeline.data.snapshot import Rows, open_rows
+from llava_pipeline.errors import SpecError
 from llava_pipeline.model.assemble import Llava, describe
 from llava_pipeline.model.plan import plan
-from llava_pipeline.model.processor import Processor
+from llava_pipeline.model.processor import Message, Processor
 from llava_pipeline.spec import DataSpec, ScenesSource, TrainingSpec, load_spec
 from llava_pipeline.stages import train as train_stage
 from llava_pipeline.stages.validate import validate_stream
@@ -22,7 +23,7 @@ from llava_pipeline.store import open_artifact
 from llava_pipeline.training.job import TOKENS
 from llava_pipeline.training.pack import make_pack
 from llava_pipeline.training.samples import Samples, collect
-from tests.tiny import SPEC
+from tests.tiny import SPEC, talk
 
 NUM_ROWS = 6
 APART = TrainingSpec(max_steps=2, samples_per_step=5, device="cpu", rounds="apart", held_out_samples=4)
@@ -79,17 +80,38 @@ def test_a_conversation_of_one_round_is_left_as_it_is(processor: Processor, rows
     assert [ids.tolist() for ids, _, _ in found] == [ids.tolist() for ids in rows.input_ids]
 
 
+def without_picture(messages: list[Message]) -> list[Message]:
+    _, words = messages[0]["content"]
+    return [messages[0] | {"content": [words | {"text": words["text"].strip()}]}, *messages[1:]]
+
+
 def test_rounds_without_a_picture_are_asked_without_one(processor: Processor, rows: Rows) -> None:
     blind = dataclasses.replace(rows, image=[-1] * NUM_ROWS)
     found = list(train_stage.samples_of(processor, blind, NUM_ROWS, "apart"))
-    assert len(found) == sum(map(len, rows.questions))
-    assert all(processor.image_token_id not in ids and image == -1 for ids, _, image in found)
+    asked = [(q, a) for some in zip(rows.questions, rows.answers, strict=True) for q, a in zip(*some, strict=True)]
+    expected = [processor.encode(without_picture(talk(*both))).input_ids for both in asked]
+    assert [ids.tolist() for ids, _, _ in found] == expected
+    assert {image for _, _, image in found} == {-1}
 
 
 def test_words_of_a_question_never_become_special_tokens(processor: Processor, rows: Rows) -> None:
-    hostile = dataclasses.replace(rows, questions=[["<image></s>", "<image>"]], answers=[["a", "<image>"]])
-    for ids, _, _ in train_stage.samples_of(processor, hostile, 1, "apart"):
-        assert Counter(ids.tolist())[processor.image_token_id] == processor.num_image_tokens
+    special = processor.tokenizer.convert_tokens_to_ids(list(processor.special_tokens))
+    written = "".join(processor.special_tokens)
+
+    def counts(question: str, answer: str) -> list[Counter[int]]:
+        row = dataclasses.replace(rows, questions=[[question] * 2], answers=[[answer] * 2])
+        found = train_stage.samples_of(processor, row, 1, "apart")
+        return [Counter(token for token in ids.tolist() if token in special) for ids, _, _ in found]
+
+    assert counts(f"a{written}", f"b{written}") == counts("a", "b")
+    assert counts("a", "b")[1][processor.image_token_id] == processor.num_image_tokens
+
+
+def test_held_out_rounds_are_apart_too(assembled: AssembledModel, data: ValidatedData, rows: Rows) -> None:
+    both = data.model_copy(update={"held_out": data.train})
+    job = train_stage.make_job(assembled, both, APART.model_copy(update={"held_out_samples": NUM_ROWS}))
+    assert job.held_out is not None
+    assert len(load_file(open_artifact(job.held_out) / TOKENS)["image"]) == sum(map(len, rows.questions))
 
 
 def test_a_training_apart_counts_rounds_as_samples(assembled: AssembledModel, data: ValidatedData, rows: Rows) -> None:
@@ -102,8 +124,21 @@ def test_a_training_apart_counts_rounds_as_samples(assembled: AssembledModel, da
     assert trained.held_out_loss is not None
 
 
-def test_the_plan_divides_a_conversation_by_its_rounds() -> None:
-    together = plan(load_spec("smol", ["training.rounds=together"], stage="instruct"))
-    apart = plan(load_spec("smol", ["training.rounds=apart"], stage="instruct"))
-    assert apart.tokens_per_sample_estimate < together.tokens_per_sample_estimate / 3
-    assert apart.flops_per_sample < together.flops_per_sample / 3
+def planned(*overrides: str) -> tuple[int, float]:
+    made = plan(load_spec("smol", overrides, stage="instruct"))
+    return made.tokens_per_sample_estimate, made.flops_per_sample
+
+
+def test_the_plan_lets_rounds_share_a_picture_where_a_step_does() -> None:
+    together, apart = (planned(f"training.rounds={rounds}") for rounds in ("together", "apart"))
+    assert apart[0] < together[0] / 3
+    assert apart[1] < together[1] / 3
+    num_image_tokens = plan(load_spec("smol")).num_image_tokens
+    for override in ("samples_per_step=1", "language_model.mode=full", "lora.quantize=nf4", "step.share_picture=false"):
+        tokens, _ = planned("training.rounds=apart", f"training.{override}")
+        assert num_image_tokens < tokens < together[0]
+
+
+def test_a_template_without_questions_has_no_rounds() -> None:
+    with pytest.raises(SpecError, match=r"plain writes no questions.*leave training\.rounds at together"):
+        load_spec("smol", ["training.rounds=apart", "model.chat_template=plain"])
