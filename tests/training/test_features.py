@@ -123,7 +123,7 @@ def test_the_next_pictures_are_read_meanwhile_whatever_comes_then(llava: Llava, 
     source.load([5, 4], [6])  # not what was announced
     assert source.coming is not None
     source.coming[1].result()
-    assert read == [(0, 1), (2, 3), (4,), (5, 4), (6,)]
+    assert sorted(read) == [(0, 1), (2, 3), (4,), (5, 4), (6,)]  # the reader may be slower than who reads himself
     alone = features.tower_features(llava.model, llava.processor.normalise(pixels[[5, 4]]))
     torch.testing.assert_close(source([5, 4]), alone, rtol=1e-5, atol=1e-6)
 
