@@ -49,6 +49,13 @@ class Record:
         return replace(self, messages=self.messages[: 2 * num_rounds], kinds=self.kinds[:num_rounds])
 
 
+def turn(role: str, text: str, with_image: bool = False) -> dict[str, Any]:
+    """One message in the vsft format; a picture stands first and a line break behind it, as LLaVA writes them."""
+    content: list[dict[str, Any]] = [{"index": 0, "text": None, "type": "image"}] if with_image else []
+    prefix = "\n" if with_image else ""
+    return {"role": role, "content": [*content, {"index": None, "text": prefix + text, "type": "text"}]}
+
+
 class Malformed(Exception):
     """A row that is not even a record."""
 

@@ -21,6 +21,8 @@ from typing import Any, Literal
 
 from PIL import Image, ImageDraw
 
+from llava_pipeline.data.record import turn
+
 Split = Literal["train", "test"]
 
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -283,13 +285,6 @@ def scene_at(seed: int, split: Split, index: int) -> tuple[Scene, random.Random]
         scene = sample_scene(rng)
         if (int(scene.layout_digest[:8], 16) % TEST_SHARE == 0) == (split == "test"):
             return scene, rng
-
-
-def turn(role: str, text: str, with_image: bool = False) -> dict[str, Any]:
-    """One message in the vsft format: the picture (if any) stands before the text."""
-    content: list[dict[str, Any]] = [{"index": 0, "text": None, "type": "image"}] if with_image else []
-    prefix = "\n" if with_image else ""
-    return {"role": role, "content": [*content, {"index": None, "text": prefix + text, "type": "text"}]}
 
 
 def questions_at(seed: int, split: Split, index: int) -> tuple[Scene, list[Question]]:

@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import save_file
 
 from llava_pipeline.contracts import ArtifactRef, AssembledModel, Beginning, Snapshot, TrainedProjector, ValidatedData
+from llava_pipeline.data.record import turn
 from llava_pipeline.data.snapshot import Rows, open_rows
 from llava_pipeline.errors import TrainerDied
 from llava_pipeline.model import projector
-from llava_pipeline.model.processor import Message, Processor
+from llava_pipeline.model.processor import Processor
 from llava_pipeline.model.read_processor import processor_of
 from llava_pipeline.progress import bar
 from llava_pipeline.spec import Rounds, TrainingSpec
@@ -29,6 +30,7 @@ from llava_pipeline.store import home, write_text, writing
 from llava_pipeline.training import checkpoint
 from llava_pipeline.training.job import PIXELS, TOKENS, TrainingJob
 from llava_pipeline.training.launch import Event, launch
+from llava_pipeline.training.samples import NO_PICTURE
 
 log = logging.getLogger(__name__)
 PICTURES_AT_ONCE = 256
@@ -163,20 +165,11 @@ def samples_of(processor: Processor, rows: Rows, count: int, rounds: Rounds) -> 
             if len(questions) == 1:
                 yield row
             else:
-                has_picture = row[2] >= 0
+                image = row[2]
                 for question, answer in zip(questions, answers, strict=True):
-                    encoded = processor.encode(one_round(question, answer, has_picture))
-                    yield np.asarray(encoded.input_ids, np.int32), np.asarray(encoded.labels, np.int32), row[2]
+                    encoded = processor.encode([turn("user", question, image != NO_PICTURE), turn("assistant", answer)])
+                    yield np.asarray(encoded.input_ids, np.int32), np.asarray(encoded.labels, np.int32), image
             advance(1)
-
-
-def one_round(question: str, answer: str, has_picture: bool) -> list[Message]:
-    """A conversation of one question, below its picture as LLaVA writes it: ``<image>``, a line break, the question."""
-    image, text = [{"type": "image"}] * has_picture, "\n" * has_picture + question
-    return [
-        {"role": "user", "content": [*image, {"type": "text", "text": text}]},
-        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-    ]
 
 
 def write_pixels(path: Path, processor: Processor, rows: Rows, used: list[int], advance: Callable[[int], None]) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from llava_pipeline.contracts import AssembledModel, Backbones, Cursor, ValidatedData
 from llava_pipeline.data import scenes
+from llava_pipeline.data.record import turn
 from llava_pipeline.data.snapshot import Rows, open_rows
 from llava_pipeline.errors import SpecError
 from llava_pipeline.model.assemble import Llava, describe
@@ -50,7 +51,7 @@ def test_a_round_apart_is_written_as_a_held_out_question_is(processor: Processor
     samples = samples_of(processor, rows, 1)
     assert len(samples) == len(questions) > 1
     for k, question in enumerate(questions):
-        alone = [scenes.turn("user", question.text, with_image=True), scenes.turn("assistant", question.answer)]
+        alone = [turn("user", question.text, with_image=True), turn("assistant", question.answer)]
         encoded = processor.encode(alone)
         ids, labels = samples.of(k)
         assert (ids.tolist(), labels.tolist()) == (encoded.input_ids, encoded.labels)

@@ -10,8 +10,7 @@ from typing import Any
 
 from llava_pipeline.backbones.wheel import fetch_wheel
 from llava_pipeline.contracts import Cursor, Piece
-from llava_pipeline.data import scenes
-from llava_pipeline.data.record import Row
+from llava_pipeline.data.record import Row, turn
 from llava_pipeline.data.sources.reader import windows
 from llava_pipeline.errors import BackboneUnavailable, NotFound, SourceUnavailable
 from llava_pipeline.spec import EasyVqaSource, Split
@@ -57,7 +56,7 @@ class EasyVqaReader:
             for image, start, asked in self.conversations[piece.start : piece.stop]:
                 messages: list[dict[str, Any]] = []
                 for text, answer in asked:
-                    messages += [scenes.turn("user", text, not messages), scenes.turn("assistant", answer)]
+                    messages += [turn("user", text, not messages), turn("assistant", answer)]
                 yield {
                     "id": f"easy-vqa/{self.split}/{image}/{start}",
                     "messages": messages,
