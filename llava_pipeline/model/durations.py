@@ -31,23 +31,23 @@ def operations(spec: RunSpec, sizes: Sizes) -> dict[str, float]:
     each = layer_operations(text, training, sizes.tokens)
     # torch computes again up to the last tensor that is needed, so not a layer's last product.
     forward = 2 * sizes.tokens * sum(a * b for name, (a, b) in matrices(text).items() if name != "down_proj")
-    attention = 2 * text.num_attention_heads * head_size(text) * sizes.tokens * sizes.alone
+    attention = 2 * text.num_attention_heads * head_size(text) * sizes.tokens * sizes.attended
     pictures = sizes.shape.image_tokens + 1
     tower = 2 * counts["vision tower"] * pictures + 4 * sizes.shape.vision.hidden_size * pictures**2 * (
         sizes.shape.vision.num_hidden_layers
     )
     head = text.hidden_size * text.vocab_size * sizes.supervised
-    projected = sizes.image_tokens / sizes.pictured
+    projected = sizes.image_tokens / sizes.samples_per_picture
     return {
         "language model": layers * (each + again * forward),
         "attention": layers * attention * (3 + again),
         "head": head * (6 if training.language_mode == "full" else 4),
         "projector": counts["projector"] * projected * (6 if training.projector.learns else 2),
-        "vision tower": tower * tower_share(spec, sizes.pictured),
+        "vision tower": tower * tower_share(spec, sizes.samples_per_picture),
     }
 
 
-def tower_share(spec: RunSpec, pictured: float) -> float:
+def tower_share(spec: RunSpec, samples_per_picture: float) -> float:
     """How many times the tower sees a sample's picture: once for those that share it, or once in all where its features
     are kept."""
     counted = [
@@ -56,8 +56,8 @@ def tower_share(spec: RunSpec, pictured: float) -> float:
     ]
     counts = [count for count in counted if count]
     if not spec.training.step.keep_features or not counts:
-        return 1 / pictured
-    return min(1 / pictured, spec.data.max_samples / min(counts))
+        return 1 / samples_per_picture
+    return min(1 / samples_per_picture, spec.data.max_samples / min(counts))
 
 
 def asking(spec: RunSpec, sizes: Sizes) -> float:

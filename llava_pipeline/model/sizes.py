@@ -51,17 +51,17 @@ SCENES_ROUNDS, EASY_VQA_ROUNDS = 4.5, 10  # of a training conversation, measured
 class Sizes:
     """What is known of a run before anything is read: shapes and counts.
 
-    ``tokens`` are what a sample adds to a step, ``alone`` those it sees: more, where ``pictured`` samples, on average,
-    share a picture.
+    ``attended`` are the tokens of one sample, its picture's included; ``tokens`` what it adds to a step, in which
+    ``samples_per_picture`` share a picture (1 where a step computes it for each of them).
     """
 
     shape: Shape
     image_tokens: int
     tokens: int
-    alone: int
+    attended: int
     longest: int
     supervised: int
-    pictured: float
+    samples_per_picture: float
     trainable: dict[str, int]
 
     @property
@@ -88,8 +88,8 @@ def sizes_of(spec: RunSpec) -> Sizes:
     words = TEXT_TOKENS.get(source, CAPTION_TOKENS if spec.model.chat_template == "plain" else OTHER_TEXT_TOKENS)
     rounds = rounds_of(spec)
     words = max(1, min(words, spec.data.max_tokens - image_tokens))
-    alone = image_tokens + math.ceil(words / rounds)
-    pictured = min(rounds, training.samples_per_step) if shares_pictures(training) else 1.0
+    attended = image_tokens + math.ceil(words / rounds)
+    samples_per_picture = min(rounds, training.samples_per_step) if shares_pictures(training) else 1.0
     learned = {
         "projector": counts["projector"] if training.projector.learns else 0,
         "adapter": adapter_parameters(text, training),
@@ -100,11 +100,11 @@ def sizes_of(spec: RunSpec) -> Sizes:
     return Sizes(
         shape=Shape(text, vision, counts, raw),
         image_tokens=image_tokens,
-        tokens=math.ceil(image_tokens / pictured + words / rounds),
-        alone=alone,
-        longest=alone if source in TEXT_TOKENS else spec.data.max_tokens,
+        tokens=math.ceil(image_tokens / samples_per_picture + words / rounds),
+        attended=attended,
+        longest=attended if source in TEXT_TOKENS else spec.data.max_tokens,
         supervised=math.ceil(supervised / rounds),
-        pictured=pictured,
+        samples_per_picture=samples_per_picture,
         trainable={part: count for part, count in learned.items() if count or part == "projector"},
     )
 
