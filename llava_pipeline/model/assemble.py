@@ -23,6 +23,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from llava_pipeline.backbones.configuration import read_config, usable
+from llava_pipeline.backbones.converted import plain
 from llava_pipeline.backbones.weights import read_gguf, read_state_dict
 from llava_pipeline.contracts import AssembledModel, Backbones, FetchedBackbone
 from llava_pipeline.errors import IncompatibleParts, WeightsMismatch
@@ -57,13 +58,13 @@ class Llava:
 
 def load_language_model(part: FetchedBackbone) -> tuple[Any, PreTrainedTokenizerFast, State]:
     """Configuration, tokenizer and weights of a causal language model."""
-    folder = open_artifact(part.files)
-    if part.weights.endswith(".gguf"):
-        return read_gguf(folder, part.weights)
-    config = read_config(folder, part.weights, part.origin)
+    folder, weights = plain(part)
+    if weights.endswith(".gguf"):
+        return read_gguf(folder, weights)
+    config = read_config(folder, weights, part.origin)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise IncompatibleParts(f"{part.origin} is a {config.model_type}, not a language model; choose another one")
-    return config, load_tokenizer(part), read_state_dict(folder / part.weights)
+    return config, load_tokenizer(part), read_state_dict(folder / weights)
 
 
 def load_vision_tower(part: FetchedBackbone, spec: ModelSpec) -> tuple[Any, ImageSettings, State]:

@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from llava_pipeline.backbones.configuration import read_tokenizer, usable
+from llava_pipeline.backbones.converted import plain
 from llava_pipeline.contracts import AssembledModel, FetchedBackbone
 from llava_pipeline.errors import IncompatibleParts
 from llava_pipeline.model.families import FAMILIES
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def processor_of(model: AssembledModel) -> Processor:
-    """Only the processor: no weights are read but a GGUF's, which holds its tokenizer."""
+    """Only the processor: no weights are read but a GGUF's that nobody has read before."""
     part = model.backbones.language_model
     tokenizer = load_tokenizer(part)
     template = chat_template(model.spec.chat_template, tokenizer)
@@ -30,7 +31,8 @@ def processor_of(model: AssembledModel) -> Processor:
 
 def load_tokenizer(part: FetchedBackbone) -> PreTrainedTokenizerFast:
     """Tokenizer of a language model; a GGUF holds its own."""
-    return read_tokenizer(open_artifact(part.files), part.weights, part.origin)
+    folder, weights = plain(part)
+    return read_tokenizer(folder, weights, part.origin)
 
 
 def image_settings(part: FetchedBackbone, side: int) -> ImageSettings:

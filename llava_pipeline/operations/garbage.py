@@ -85,7 +85,9 @@ class Look:
         store = list(self._store())
         gone = {item.path for item in store if item.deleted}
         return [
-            *store, *self.trainings, *self._remembered_scores(gone), *self._results(gone),
+            *store, *self.trainings, *self._results(gone),
+            *self._remembered("remembered scores", "scores", "answers", gone),
+            *self._remembered("remembered conversions", "gguf", "files", gone),
             *self._unused("tower features", self.home / "features", "no training has used them since"),
             *self._unused("data parts", self.home / "parts", "no validation has read them since"),
             *self._projectors(), *self._bundles(), *self._half_written(), *self._logs(),
@@ -138,12 +140,12 @@ class Look:
             why_not = "finished" if finished else "stopped more than 7 days ago"
             yield self._item("training", path, kept, why_not)
 
-    def _remembered_scores(self, gone: set[str]) -> Iterator[Item]:
-        for path in _files(self.home / "cache" / "scores"):
+    def _remembered(self, kind: str, folder: str, what: str, gone: set[str]) -> Iterator[Item]:
+        for path in _files(self.home / "cache" / folder):
             lines = [f"store/{ref.kind}/{ref.digest}" for ref in references(_json(path))]
             there = bool(lines) and all(line not in gone and (self.home / line).is_dir() for line in lines)
-            kept = "its answers are in the store" if there else None
-            yield self._item("remembered scores", path, kept, "its answers are not in the store any more")
+            kept = f"its {what} are in the store" if there else None
+            yield self._item(kind, path, kept, f"its {what} are not in the store any more")
 
     def _results(self, gone: set[str]) -> Iterator[Item]:
         """Prefect's results; one whose artifacts are lost would be made anew anyway."""

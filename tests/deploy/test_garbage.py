@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava_pipeline import store
+from llava_pipeline.backbones.converted import plain
+from llava_pipeline.backbones.fetch import fetch
 from llava_pipeline.errors import TrackingError, TrackingUnavailable
 from llava_pipeline.operations.garbage import LOG_BYTES, Item, Look, collect
+from llava_pipeline.spec import FolderBackbone
 from llava_pipeline.stages.chat import answer_about
 from llava_pipeline.stages.recorded import evaluate_recorded
 from llava_pipeline.stages.weigh import ask_champion
@@ -27,6 +30,7 @@ from llava_pipeline.tracking.client import connect, ensure_experiment
 from llava_pipeline.tracking.references import Recorded, Reference, Referrer
 from llava_pipeline.tracking.settings import Settings, TrackingSettings
 from llava_pipeline.tracking.stale import PROCESS, this_process
+from tests.backbones.test_weights import write_tiny_gguf
 from tests.cli.conftest import Command
 from tests.deploy.recorded import ALIASES, NAME, SPEC, age, files_below, record_here, train_here
 
@@ -105,6 +109,21 @@ def test_the_newest_runs_keep_their_training_rows(own_home: Path) -> None:
     all_gone = deleted(collect(Settings(), keep_runs=0, dry_run=True)) & set(of_store("snapshot"))
     kept_one = deleted(collect(Settings(), keep_runs=1, dry_run=True)) & set(of_store("snapshot"))
     assert len(all_gone - kept_one) == 1
+
+
+def test_a_gguf_that_nobody_reads_any_more_is_kept_neither_whole_nor_converted(own_home: Path) -> None:
+    (own_home / "named").mkdir()
+    write_tiny_gguf(own_home / "named" / "tiny.gguf")
+    part = fetch(FolderBackbone(path=str(own_home / "named"), weights="tiny.gguf"), None, 1)
+    converted = plain(part)[0]
+    (remembered,) = (own_home / "cache" / "gguf").iterdir()
+    mine = {path.relative_to(own_home).as_posix() for path in (converted, remembered)}
+    why = kept(collect(Settings(), keep_runs=0, dry_run=True))
+    assert {why[path] for path in mine} == {"changed in the last 24 hours", "its files are in the store"}
+    age(own_home, 2)
+    assert deleted(collect(Settings(), keep_runs=0, dry_run=False)) >= mine
+    assert deleted(collect(Settings(), keep_runs=0, dry_run=False)) == set()
+    assert not remembered.exists()
 
 
 def test_nothing_is_deleted_while_mlflow_is_away_or_its_artifacts_are(own_home: Path) -> None:
