@@ -105,7 +105,7 @@ def sustained(device: Device, precision: Precision, sizes: Sizes, training: Trai
         return device.efficiency * device.flops[precision]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     if device.on_cpu:
-        return layer_flops(sizes.text, training, tokens, sizes.tokens, dtype)
+        return layer_flops(sizes.text, training, tokens, sizes.tokens, max(sizes.attended, sizes.tokens), dtype)
     return device.efficiency * measured_flops(torch.device("cuda"), dtype)
 
 

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig
@@ -39,12 +39,29 @@ from llava_pipeline.spec import (
     WheelBackbone,
 )
 
-TEXT_TOKENS = {ScenesSource: 60, EasyVqaSource: 110, FolderSource: 60}  # of a training conversation, measured
+WORDS = {ScenesSource: 10, EasyVqaSource: 8, FolderSource: 55}  # tokens of a question and its answer (measured)
 OTHER_TEXT_TOKENS = 240  # of llava-instruct-mix-vsft, published; what a file holds is not known before it is read
 CAPTION_TOKENS = 18  # of a caption of LLaVA-Pretrain, published: the template `plain` has nothing else
 SUPERVISED = {ScenesSource: 17, EasyVqaSource: 40}  # of the text's tokens, measured
 OTHER_SUPERVISED_SHARE = 0.7
 SCENES_ROUNDS, EASY_VQA_ROUNDS = 4.5, 10  # of a training conversation, measured
+
+
+class Wrapping(NamedTuple):
+    """Tokens that a chat template adds: to a conversation, to a round before its question and beside that, of which the
+    last are after all that is predicted."""
+
+    opening: int
+    asked: int
+    answered: int
+    after: int
+
+
+WRAPPING = {  # counted with the tokenizers of `pocket` (native) and `smol` (chatml); estimates of the others'
+    "native": Wrapping(1, 1, 2, 1), "llava": Wrapping(35, 4, 6, 1), "vicuna": Wrapping(35, 4, 6, 1),
+    "chatml": Wrapping(0, 3, 7, 2), "llama3": Wrapping(1, 4, 6, 1), "zephyr": Wrapping(1, 6, 10, 2),
+}  # fmt: skip
+LINE_BREAK = 1  # after a picture
 
 
 @dataclass(frozen=True)
@@ -85,38 +102,59 @@ def sizes_of(spec: RunSpec) -> Sizes:
         check_context(text, image_tokens)
         counts = count_on_meta(vision, text, spec.model)
     source, training = type(spec.data.source), spec.training
-    words = TEXT_TOKENS.get(source, CAPTION_TOKENS if spec.model.chat_template == "plain" else OTHER_TEXT_TOKENS)
-    rounds = rounds_of(spec)
-    words = max(1, min(words, spec.data.max_tokens - image_tokens))
-    attended = image_tokens + math.ceil(words / rounds)
-    samples_per_picture = min(rounds, training.samples_per_step) if shares_pictures(training) else 1.0
+    samples = rounds_of(spec)
+    samples_per_picture = min(samples, training.samples_per_step) if shares_pictures(training) else 1.0
+    text_tokens, own = text_of_sample(spec, samples_per_picture)
+    room = spec.data.max_tokens - image_tokens
+    attended = image_tokens + math.ceil(max(1, min(text_tokens, room)))
     learned = {
         "projector": counts["projector"] if training.projector.learns else 0,
         "adapter": adapter_parameters(text, training),
         "language model": counts["language model"] if training.language_mode == "full" else 0,
     }
     raw = image_tokens * spec.model.pixel_shuffle**2
-    supervised = SUPERVISED.get(source, round(OTHER_SUPERVISED_SHARE * words))
+    supervised = SUPERVISED.get(source, round(OTHER_SUPERVISED_SHARE * text_tokens))
     return Sizes(
         shape=Shape(text, vision, counts, raw),
         image_tokens=image_tokens,
-        tokens=math.ceil(image_tokens / samples_per_picture + words / rounds),
+        tokens=round(image_tokens / samples_per_picture + max(1, min(own, room))),
         attended=attended,
-        longest=attended if source in TEXT_TOKENS else spec.data.max_tokens,
-        supervised=math.ceil(supervised / rounds),
+        longest=attended if source in WORDS else spec.data.max_tokens,
+        supervised=math.ceil(supervised / samples),
         samples_per_picture=samples_per_picture,
         trainable={part: count for part, count in learned.items() if count or part == "projector"},
     )
 
 
+def text_of_sample(spec: RunSpec, samples_per_picture: float) -> tuple[float, float]:
+    """Tokens of a sample's text, and those that it adds to a step: what is read after the last prediction is spared,
+    and samples that share a picture share what stands before it and what they begin with after it."""
+    template, source = spec.model.chat_template, type(spec.data.source)
+    if template == "plain":
+        return CAPTION_TOKENS, CAPTION_TOKENS
+    if source not in WORDS:
+        return OTHER_TEXT_TOKENS, OTHER_TEXT_TOKENS
+    opening, asked, answered, after = WRAPPING[template]
+    rounds = 1.0 if spec.training.rounds == "apart" else questions_of(spec)
+    text = opening + LINE_BREAK + rounds * (asked + WORDS[source] + answered)
+    shared = opening + asked + LINE_BREAK
+    return text, text - after - shared * (1 - 1 / samples_per_picture)
+
+
 def rounds_of(spec: RunSpec) -> float:
     """Samples that a conversation makes; of a source whose conversations are not known before they are read, one."""
-    source = spec.data.source
-    if spec.training.rounds == "together":
-        return 1.0
-    if isinstance(source, EasyVqaSource):
-        return float(min(EASY_VQA_ROUNDS, source.questions_per_image))
-    return SCENES_ROUNDS if isinstance(source, ScenesSource) else 1.0
+    return questions_of(spec) if spec.training.rounds == "apart" else 1.0
+
+
+def questions_of(spec: RunSpec) -> float:
+    """Rounds of a conversation; of a source whose conversations are not known before they are read, one."""
+    match spec.data.source:
+        case EasyVqaSource(questions_per_image=asked):
+            return float(min(EASY_VQA_ROUNDS, asked))
+        case ScenesSource():
+            return SCENES_ROUNDS
+        case _:
+            return 1.0
 
 
 def shares_pictures(training: TrainingSpec) -> bool:

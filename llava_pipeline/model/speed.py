@@ -34,11 +34,12 @@ PROBES = 3
 clock = time.monotonic  # replaced where others' work on this machine must not count
 
 
-def layer_flops(text: Any, spec: TrainingSpec, tokens: int, in_sample: int, dtype: torch.dtype) -> float:
+def layer_flops(text: Any, spec: TrainingSpec, tokens: int, in_sample: int, attended: int, dtype: torch.dtype) -> float:
     """Useful operations per second of a step through one layer of a language model on this CPU.
 
     It runs what a step runs in every layer, forward and back, with random numbers of the layer's own shapes: products,
-    norms, attention of samples of ``in_sample`` tokens, and the adapter or the weights' own gradients where they learn.
+    norms, attention, and the adapter or the weights' own gradients where they learn. A sample adds ``in_sample`` tokens
+    and has ``attended``, of which the others are another sample's too.
     A square product alone tells a small model's speed too high and says nothing of what lies between the products.
     """
     mode = spec.language_mode
@@ -71,16 +72,19 @@ def layer_flops(text: Any, spec: TrainingSpec, tokens: int, in_sample: int, dtyp
         out = functional.linear(x, weights[name])
         return torch.addmm(out, functional.linear(x, thin[name][0]), thin[name][1].T) if rank else out
 
+    own = torch.arange(total).unflatten(0, (count, in_sample))
+    cells = torch.cat([own[:, :1].expand(-1, attended - in_sample), own], 1)
+
     def step() -> None:
         x = torch.ones(total, wide, requires_grad=True)
         normed = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)).to(dtype)
         q, k, v = product(normed, "qkv").split([queries, keys * head, keys * head], -1)
         q, k, v = (
-            part.reshape(count, in_sample, -1, head).transpose(1, 2) * (1.0 + turned)
+            (part.unflatten(-1, (-1, head)) * (1.0 + turned))[cells].transpose(1, 2)
             for turned, part in enumerate((q, k, v))
         )
         seen = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != keys)
-        y = x + product(seen.transpose(1, 2).reshape(total, queries), "out")
+        y = x + product(seen.transpose(1, 2)[:, -in_sample:].reshape(total, queries), "out")
         normed = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)).to(dtype)
         gate, up = product(normed, "up").split([inner, inner], -1)
         (y + product(functional.silu(gate) * up, "down")).sum().backward()

@@ -17,6 +17,7 @@ from llava_pipeline.errors import SpecError
 from llava_pipeline.model.assemble import Llava, describe
 from llava_pipeline.model.plan import plan
 from llava_pipeline.model.processor import Message, Processor
+from llava_pipeline.model.sizes import sizes_of
 from llava_pipeline.spec import DataSpec, ScenesSource, TrainingSpec, load_spec
 from llava_pipeline.stages import train as train_stage
 from llava_pipeline.stages.validate import validate_stream
@@ -138,6 +139,21 @@ def test_the_plan_lets_rounds_share_a_picture_where_a_step_does() -> None:
     for override in ("samples_per_step=1", "language_model.mode=full", "lora.quantize=nf4", "step.share_picture=false"):
         tokens, _ = planned("training.rounds=apart", f"training.{override}")
         assert num_image_tokens < tokens < together[0]
+
+
+@pytest.mark.parametrize("rounds", ["together", "apart"])
+def test_the_plan_counts_the_words_of_a_pack_of_scenes(processor: Processor, rounds: str) -> None:
+    encoded, images = [], []
+    for number in range(100):
+        said = [(question.text, question.answer) for question in scenes.questions_at(0, "train", number)[1]]
+        talks = [talk(*sum(said, ()))] if rounds == "together" else [talk(*one) for one in said]
+        encoded += [processor.encode(messages) for messages in talks]
+        images += [number] * len(talks)
+    samples = collect([torch.tensor(e.input_ids) for e in encoded], [torch.tensor(e.labels) for e in encoded], images)
+    packed = make_pack(samples, range(len(samples)), 0, APART.step, processor.image_token_id)
+    words = int((packed.input_ids != processor.image_token_id).sum()) / len(samples)
+    sizes = sizes_of(load_spec("pocket", [f"training.rounds={rounds}"]))
+    assert sizes.tokens - sizes.image_tokens / sizes.samples_per_picture == pytest.approx(words, rel=0.1)
 
 
 def test_a_template_without_questions_has_no_rounds() -> None:
