@@ -32,7 +32,7 @@ class Quantize(StrEnum):
 @app.command()
 def export(
     which: Annotated[str, typer.Argument(help="Alias, version or run id of the projector.")],
-    folder: Annotated[Path, typer.Argument(help="Where it goes; a folder that is not there yet.")],
+    folder: Annotated[Path, typer.Argument(help="Where it goes; a new folder, or an empty one.")],
     to: Annotated[To, typer.Option("--to", help="hf: transformers, vLLM, MLX-VLM; gguf: llama.cpp.")] = To.HF,
     quantize: Annotated[Quantize, typer.Option("--quantize", help="Of a GGUF's language model.")] = Quantize.F16,
     prompts: Annotated[int, typer.Option("--prompts", min=1, help="Held-out questions to check with.")] = 100,
