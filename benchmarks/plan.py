@@ -66,12 +66,12 @@ def few(steps: int, per: int) -> list[str]:
     ]  # fmt: skip
 
 
-def settings() -> dict[str, list[str]]:
-    """By name, the changes that each makes to `pocket`."""
+def settings() -> dict[str, RunSpec]:
+    """By name: changes to `pocket`, and the second stage of `smol` as it is but for its number of steps."""
     smol = llama(576, 1536, 30, 9, 3)  # the layers of SmolLM2-135M
     wide, deep = llama(512, 1536, 10, 8, 4), llama(1024, 2816, 8, 16, 4)  # 32 and 90 million parameters
     larger = random("vision_tower", **TOWER, image_size=224)
-    return {
+    of_pocket = {
         "pocket": few(10, 32),
         "wide": [wide, *few(4, 32)],
         "wide, a small pass": [wide, *few(4, 32), "training.tokens_per_pass=512"],
@@ -84,6 +84,10 @@ def settings() -> dict[str, list[str]]:
         "wide, lora, activations computed again": [wide, *few(4, 16), LORA, AGAIN],
         "wide, whole": [wide, *few(4, 16), FULL],
         "wide, whole, activations computed again": [wide, *few(4, 16), FULL, AGAIN],
+    }
+    short = ["data.max_samples=40", "training.max_steps=8", "evaluation.max_samples=16", "training.held_out_samples=16"]
+    return {name: load_spec("pocket", changes) for name, changes in of_pocket.items()} | {
+        "smol instruct": load_spec("smol", short, stage="instruct")
     }
 
 
@@ -135,10 +139,10 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     speed.clock = time.process_time
-    for name, changes in settings().items():
+    for name, spec in settings().items():
         if asked.only and name not in asked.only:
             continue
-        rows.append(bench(name, load_spec("pocket", changes)))
+        rows.append(bench(name, spec))
         row = rows[-1]
         print(f"{name}: memory {row['memory_bytes']}, a step {row['step_seconds']}", file=sys.stderr, flush=True)
     found = {
