@@ -33,6 +33,9 @@ def answer(exported: Path, work: Path, asked: Asked) -> Told:
     parameters.cpuparams.n_threads = asked.num_threads
     parameters.use_jinja = True
     parameters.warmup = False
+    # The files are asked about, not its fast attention, which reckons in 16 bits and moves likely tokens by 0.05 nats.
+    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     parameters.verbosity = -1
     try:
         server = xllamacpp.Server(parameters)
