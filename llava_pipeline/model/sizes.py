@@ -102,11 +102,12 @@ def sizes_of(spec: RunSpec) -> Sizes:
         check_context(text, image_tokens)
         counts = count_on_meta(vision, text, spec.model)
     source, training = type(spec.data.source), spec.training
-    samples = rounds_of(spec)
-    samples_per_picture = min(samples, training.samples_per_step) if shares_pictures(training) else 1.0
+    rounds = rounds_of(spec)
+    samples_per_picture = min(rounds, training.samples_per_step) if shares_pictures(training) else 1.0
     text_tokens, own = text_of_sample(spec, samples_per_picture)
     room = spec.data.max_tokens - image_tokens
-    attended = image_tokens + math.ceil(max(1, min(text_tokens, room)))
+    text_tokens, own = (max(1, min(count, room)) for count in (text_tokens, own))
+    attended = image_tokens + math.ceil(text_tokens)
     learned = {
         "projector": counts["projector"] if training.projector.learns else 0,
         "adapter": adapter_parameters(text, training),
@@ -117,10 +118,10 @@ def sizes_of(spec: RunSpec) -> Sizes:
     return Sizes(
         shape=Shape(text, vision, counts, raw),
         image_tokens=image_tokens,
-        tokens=round(image_tokens / samples_per_picture + max(1, min(own, room))),
+        tokens=round(image_tokens / samples_per_picture + own),
         attended=attended,
         longest=attended if source in WORDS else spec.data.max_tokens,
-        supervised=math.ceil(supervised / samples),
+        supervised=math.ceil(supervised / rounds),
         samples_per_picture=samples_per_picture,
         trainable={part: count for part, count in learned.items() if count or part == "projector"},
     )
