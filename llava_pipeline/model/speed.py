@@ -72,6 +72,15 @@ def layer_flops(text: Any, spec: TrainingSpec, tokens: int, in_sample: int, atte
         out = functional.linear(x, weights[name])
         return torch.addmm(out, functional.linear(x, thin[name][0]), thin[name][1].T) if rank else out
 
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if attended == in_sample:
+            return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != keys)
+        scores = q.unflatten(1, (keys, -1)).flatten(2, 3).flatten(0, 1) @ k.flatten(0, 1).transpose(1, 2)
+        weights = (scores.view(count, heads, in_sample, attended) + hidden).softmax(-1)
+        out: Tensor = weights.view(count * keys, -1, attended) @ v.flatten(0, 1)
+        return out.view(count, heads, in_sample, head)
+
+    hidden = torch.full((in_sample, attended), -torch.inf, dtype=dtype).triu(attended - in_sample + 1)
     own = torch.arange(total).unflatten(0, (count, in_sample))
     cells = torch.cat([own[:, :1].expand(-1, attended - in_sample), own], 1)
 
@@ -80,11 +89,10 @@ def layer_flops(text: Any, spec: TrainingSpec, tokens: int, in_sample: int, atte
         normed = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)).to(dtype)
         q, k, v = product(normed, "qkv").split([queries, keys * head, keys * head], -1)
         q, k, v = (
-            (part.unflatten(-1, (-1, head)) * (1.0 + turned))[cells].transpose(1, 2)
-            for turned, part in enumerate((q, k, v))
+            (part.unflatten(-1, (-1, head)) * (1.0 + turned))[rows].transpose(1, 2)
+            for turned, (part, rows) in enumerate(((q, own), (k, cells), (v, cells)))
         )
-        seen = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != keys)
-        y = x + product(seen.transpose(1, 2)[:, -in_sample:].reshape(total, queries), "out")
+        y = x + product(attention(q, k, v).transpose(1, 2).reshape(total, queries), "out")
         normed = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)).to(dtype)
         gate, up = product(normed, "up").split([inner, inner], -1)
         (y + product(functional.silu(gate) * up, "down")).sum().backward()

@@ -1,17 +1,17 @@
 """Causal attention over samples that lie one behind the other without padding, all behind one shared prefix.
 
-No sample sees another; one may share with an earlier one the tokens that both begin with. Three ways to the same
-result: ``over_grid`` lays the samples out as rows of a grid, whose padding costs attention alone; ``one_by_one`` pads
-nothing and calls once a sample, which pays on a CPU where samples are long and of different lengths; ``over_sequence``
-pads nothing and calls once, on cards whose flash attention takes sequences of any length (compute capability 8.0 and
-later, torch 2.12 and later).
+No sample sees another; one may share with an earlier one the tokens that both begin with. Four ways to the same
+result: ``over_grid`` lays the samples out as rows of a grid, whose padding costs attention alone; ``over_runs`` asks
+for nothing twice where samples share, which pays on a CPU; ``one_by_one`` pads nothing and calls once a sample, which
+pays there where samples are long and of different lengths; ``over_sequence`` pads nothing and calls once, on cards
+whose flash attention takes sequences of any length (compute capability 8.0 and later, torch 2.12 and later).
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
 from itertools import accumulate
 
@@ -32,6 +32,7 @@ class Layout:
     that another sample has too."""
 
     lengths: tuple[int, ...]
+    shared: tuple[tuple[int, int], ...]
     num_prefix: int
     grid: Tensor
     back: Tensor
@@ -43,14 +44,15 @@ def lay_out(
 ) -> Layout:
     """The layout of samples with so many tokens of their own, each behind ``num_prefix`` tokens that all share and,
     where told, behind some of an earlier sample: ``shared`` has the first row of those and their number."""
+    shared = shared or ((0, 0),) * len(lengths)
     own = torch.tensor(lengths)[:, None]
-    start, count = torch.tensor(shared or ((0, 0),) * len(lengths))[:, :, None].unbind(1)
+    start, count = torch.tensor(shared)[:, :, None].unbind(1)
     first = torch.tensor([0, *accumulate(lengths)][:-1])[:, None]
     column = torch.arange(int((own + count).max()))
     before, inside = column < count, column < count + own
     grid = torch.where(before, start + column, torch.where(inside, first + column - count, 0))
     back, again = ((cells.flatten().nonzero()[:, 0]).to(device) for cells in (inside & ~before, before))
-    return Layout(lengths, num_prefix, grid.to(device), back, again)
+    return Layout(lengths, shared, num_prefix, grid.to(device), back, again)
 
 
 def over_grid(layout: Layout) -> Attend:
@@ -71,6 +73,90 @@ def one_by_one(layout: Layout) -> Attend:
         return torch.cat([_causal(a[None], b[None], c[None], prefix)[0] for a, b, c in samples])
 
     return attend
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Rows side by side, and those that they see before themselves."""
+
+    first: int
+    length: int
+    start: int
+    count: int
+
+
+def runs_of(layout: Layout) -> list[Run]:
+    """The samples, those whose beginning others share in two: so that the beginning is asked once."""
+    most: dict[int, int] = {}
+    for start, count in layout.shared:
+        most[start] = max(most.get(start, 0), count)
+    runs = []
+    for first, length, (start, count) in zip(
+        accumulate(layout.lengths, initial=0), layout.lengths, layout.shared, strict=False
+    ):
+        ahead = 0 if count else most.get(first, 0)
+        if ahead:
+            runs.append(Run(first, ahead, first, 0))
+            start, count = first, ahead
+        runs.append(Run(first + ahead, length - ahead, start, count))
+    return runs
+
+
+class Block:
+    """Runs padded to one length: the rows of their queries (B, Q) and of the keys that they see (B, K), first what they
+    share and then their own."""
+
+    def __init__(self, runs: list[Run], device: torch.device) -> None:
+        first, length, start, count = torch.tensor([astuple(run) for run in runs])[:, :, None].unbind(1)
+        query, key = torch.arange(int(length.max())), torch.arange(int((count + length).max()))
+        asked, again = query < length, key < count
+        own = ~again & (key < count + length)
+        queries = torch.where(asked, first + query, 0)
+        keys = torch.where(again, start + key, torch.where(own, first + key - count, 0))
+        bias = torch.where(key > query[:, None] + count[:, :, None], -torch.inf, 0.0)
+        self.queries, self.keys, self.asked, self.own, self.again, self.bias = (
+            cells.to(device) for cells in (queries, keys, asked, own, again, bias)
+        )
+
+
+def over_runs(layout: Layout) -> Attend:
+    """Attention in two calls: of what is shared, or shares nothing, and of what comes behind it."""
+    runs, device = runs_of(layout), layout.back.device
+    alone, behind = (Block([run for run in runs if (run.count > 0) == shares], device) for shares in (False, True))
+    queries, keys, asked, own, again = (
+        torch.cat([getattr(block, name).flatten() for block in (alone, behind)])
+        for name in ("queries", "keys", "asked", "own", "again")
+    )
+    back, key_back = (cells.nonzero()[:, 0][rows[cells].argsort()] for cells, rows in ((asked, queries), (own, keys)))
+    again, none = again.nonzero()[:, 0], back[:0]
+    at, key_at = alone.queries.numel(), alone.keys.numel()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, prefix: KeysValues | None) -> Tensor:
+        query, key, value = spread(q, queries, back, none), *(spread(x, keys, key_back, again) for x in (k, v))
+        own, own_key, own_value = (x[:key_at].unflatten(0, alone.keys.shape) for x in (query, key, value))
+        key, value = (x[key_at:].unflatten(0, behind.keys.shape) for x in (key, value))
+        first = _causal(own, own_key, own_value, prefix)
+        second = _masked(query[at:].unflatten(0, behind.queries.shape), key, value, behind.bias, prefix)
+        return torch.cat([first.flatten(0, 1), second.flatten(0, 1)]).index_select(0, back)
+
+    return attend
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, prefix: KeysValues | None) -> Tensor:
+    """(B, Q, H, d) of queries over the prefix and over keys and values (B, K, H_kv, d), where the (B, Q, K) bias is 0.
+
+    By plain products, with the queries that share a key below each other: for few queries torch's own attention, which
+    is made for long rows and takes a mask slowly, needs half as long again on a CPU.
+    """
+    if prefix is not None:
+        key, value = (_behind(one, x) for one, x in zip(prefix, (key, value), strict=True))
+        bias = torch.nn.functional.pad(bias, (len(prefix[0]), 0))
+    (num, asked, heads, size), kept = query.shape, key.shape[2]
+    query = (query * size**-0.5).unflatten(2, (kept, -1)).permute(0, 2, 3, 1, 4).reshape(num * kept, -1, size)
+    key, value = (x.permute(0, 2, *order).flatten(0, 1) for x, order in ((key, (3, 1)), (value, (1, 3))))
+    scores = torch.bmm(query, key).view(num, heads, asked, -1)
+    weights = (scores + bias[:, None]).softmax(-1).view(num * kept, -1, scores.shape[-1])
+    return torch.bmm(weights, value).view(num, heads, asked, size).transpose(1, 2)
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, prefix: KeysValues | None) -> Tensor:
@@ -133,10 +219,10 @@ def has_varlen(device: torch.device) -> bool:
 
 
 def attention(layout: Layout, dtype: torch.dtype) -> Attend:
-    """The best of the three for a device, a precision and the samples' lengths."""
+    """The best of the four for a device, a precision and the samples' lengths."""
     device = layout.back.device
-    if len(layout.again):  # only a grid has room for what samples share
-        return over_grid(layout)
+    if len(layout.again):  # the others have no room for what samples share
+        return over_runs(layout) if device.type == "cpu" and dtype == torch.float32 else over_grid(layout)
     if has_varlen(device) and dtype in (torch.float16, torch.bfloat16):
         return over_sequence(layout)
     longest = max(layout.lengths)

@@ -189,12 +189,17 @@ class _TokenLoss(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(targets), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
-            logits = F.linear(hidden[rows], weight).float()
-            losses[rows] = F.cross_entropy(logits, targets[rows], reduction="none")
+            wanted, row = targets[rows], torch.arange(len(targets[rows]), device=targets.device)
+            logits = (weight @ hidden[rows].T).float()  # (V, rows): on a CPU half as fast again as (rows, V)
+            most = logits.amax(0)
+            log_odds = logits[wanted, row] - most
+            odds = logits.sub_(most).exp_()
+            total = odds.sum(0)
+            losses[rows] = total.log() - log_odds
             if gradient is not None:
-                logits = logits.softmax(-1)
-                logits[torch.arange(len(logits), device=logits.device), targets[rows]] -= 1
-                gradient[rows] = logits.mul_(scale).to(hidden.dtype) @ weight
+                odds.mul_(scale / total)
+                odds[wanted, row] -= scale
+                gradient[rows] = odds.T.to(hidden.dtype) @ weight
         ctx.save_for_backward(gradient)
         ctx.scale = scale
         return losses

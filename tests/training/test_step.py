@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,7 +29,16 @@ from llava_pipeline.model.freeze import freeze_backbones
 from llava_pipeline.model.processor import IGNORE_INDEX
 from llava_pipeline.spec import StepSpec
 from llava_pipeline.training import attention, frozen, llama, step
-from llava_pipeline.training.attention import Attend, Layout, has_varlen, lay_out, one_by_one, over_grid, over_sequence
+from llava_pipeline.training.attention import (
+    Attend,
+    Layout,
+    has_varlen,
+    lay_out,
+    one_by_one,
+    over_grid,
+    over_runs,
+    over_sequence,
+)
 from llava_pipeline.training.device import place
 from llava_pipeline.training.features import tower_features
 from llava_pipeline.training.llama import FrozenLlama, can_run, halve
@@ -612,6 +621,35 @@ def test_all_kinds_of_attention_are_one() -> None:
     hold()
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    about=st.lists(
+        st.lists(st.tuples(st.integers(1, 6), st.integers(0, 4)), min_size=1, max_size=4), min_size=1, max_size=4
+    ),
+    num_prefix=st.integers(0, 3),
+    heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (4, 1)]),
+)
+def test_what_samples_share_is_asked_once_with_the_same_result(
+    about: list[list[tuple[int, int]]], num_prefix: int, heads: tuple[int, int]
+) -> None:
+    lengths: list[int] = []
+    shared: list[tuple[int, int]] = []
+    for samples in about:  # of one picture: each has some tokens of its own, and some of the first one's
+        first = sum(lengths)
+        for number, (own, count) in enumerate(samples):
+            shared.append((first, min(count, lengths[len(lengths) - number]) if number else 0))
+            lengths.append(own)
+    assume(any(count for _, count in shared))
+    generator = torch.Generator().manual_seed(sum(lengths))
+    total, (num, kept) = sum(lengths), heads
+    shapes = [(total, num), (total, kept), (total, kept), (num_prefix, kept), (num_prefix, kept)]
+    tensors = [torch.randn(*shape, 4, generator=generator) for shape in shapes]
+    layout = lay_out(tuple(lengths), num_prefix, CPU, tuple(shared))
+    runs = attended(over_runs, layout, tensors, num_prefix > 0)
+    for one, other in zip(attended(over_grid, layout, tensors, num_prefix > 0), runs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.usefixtures("varlen")
 @pytest.mark.parametrize("make", [over_sequence, one_by_one, over_grid])
 @pytest.mark.parametrize("spec", [StepSpec(), OFF], ids=["prefix", "off"])
@@ -633,6 +671,17 @@ def test_sequences_of_any_length_are_for_cards_that_have_them(
     has_varlen.cache_clear()
     assert found == (expected and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12))
     assert not has_varlen(CPU)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(torch.float32, "over_runs"), (torch.bfloat16, "over_grid"), (torch.float16, "over_grid")]
+)
+def test_samples_that_share_are_attended_to_in_runs_on_a_cpu(
+    dtype: torch.dtype, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one_by_one", "over_grid", "over_runs", "over_sequence"):
+        monkeypatch.setattr(attention, name, lambda _, name=name: name)
+    assert attention.attention(lay_out((30, 4), 0, CPU, ((0, 0), (0, 20))), dtype) == expected
 
 
 @pytest.mark.parametrize(
