@@ -83,15 +83,17 @@ def planned_samples(spec: TrainingSpec, sample_seconds: float) -> int:
 
 
 def step_seconds(spec: RunSpec, sizes: Sizes, device: Device, precision: Precision, tokens: int) -> float:
-    """Seconds of one optimizer step."""
+    """Seconds of one optimizer step. Cards share it, and what they tell each other is not counted; processes on a CPU
+    have the cores of one."""
     training = spec.training
+    number = 1 if device.on_cpu else training.num_processes or 1
     in_step, counted = training.samples_per_step, operations(spec, sizes)
     total = sum(counted.values())
     if training.language_mode != "full":  # the packed step spares most of the last layer
         total -= counted["language model"] * LAST_LAYER / sizes.text.num_hidden_layers
     speed = sustained(device, precision, sizes, training, tokens)
-    passes = math.ceil(in_step * sizes.tokens / tokens)
-    seconds = in_step * total / speed * (NF4_SLOWER if training.lora.quantize and not device.on_cpu else 1)
+    passes = math.ceil(in_step / number * sizes.tokens / tokens)
+    seconds = in_step * total / speed / number * (NF4_SLOWER if training.lora.quantize and not device.on_cpu else 1)
     if training.language_mode == "full":
         seconds *= PADDED_SLOWER
     if not device.on_cpu:  # kernels are launched one by one: that takes longer than a small pass

@@ -12,7 +12,6 @@ from llava_pipeline.errors import IncompatibleParts, SpecError
 from llava_pipeline.model.devices import CONTEXT_BYTES, DEVICES, ITEMSIZE, Device, Precision, here
 from llava_pipeline.model.memory import (
     ACTIVATIONS,
-    GRADIENTS,
     HALVED_FROM,
     LANGUAGE,
     LEARNED_BYTES,
@@ -41,22 +40,25 @@ class Remedy(Frozen):
 
 
 def memory(training: TrainingSpec, sizes: Sizes, device: Device, precision: Precision) -> tuple[dict[str, int], int]:
-    """Bytes by part on a device, and the tokens of a pass there: as many as a run would choose."""
-    size, text = ITEMSIZE[precision], sizes.text
+    """Bytes by part on a device, and the tokens of a pass there: as many as a run would choose. Of several processes
+    each has a card of its own, or all have the one CPU's memory."""
+    size, text, number = ITEMSIZE[precision], sizes.text, training.num_processes or 1
     counts = sizes.shape.counts
     halved = training.step.halve and training.language_mode != "full" and 4 * counts["language model"] >= HALVED_FROM
     numbers = Numbers(size, 2 if device.on_cpu and size == 4 and halved else size, device.on_cpu)
     waits = {WAITING: LIBRARIES_BYTES} if device.on_cpu else {CONTEXT: CONTEXT_BYTES}
-    weights = language_bytes(sizes.shape, training, numbers) + counts["vision tower"] * size
-    beside = 4 * (counts["projector"] + sizes.trainable.get("adapter", 0)) + LEARNED_BYTES * sum(
-        sizes.trainable.values()
-    )
+    weights = language_bytes(sizes.shape, training, numbers, number) + counts["vision tower"] * size
+    small = counts["projector"] + sizes.trainable.get("adapter", 0)
+    whole = counts["language model"] / number if training.language_mode == "full" else 0
+    beside = (4 + LEARNED_BYTES) * small + LEARNED_BYTES * whole
     free = device.memory_bytes - CONTEXT_BYTES - weights - beside
     fitting = training.tokens_per_pass or fitting_tokens(text, size, free, device.on_cpu, training)
-    in_step = training.samples_per_step * sizes.tokens
+    in_step = math.ceil(training.samples_per_step / number) * sizes.tokens
     tokens = max(min(fitting, in_step), sizes.longest if sizes.longest <= in_step else sizes.tokens)
     passes = math.ceil(in_step / tokens)
-    parts = memory_by_part(sizes.shape, training, numbers, tokens, training.samples_per_step, passes)
+    parts = memory_by_part(sizes.shape, training, numbers, tokens, training.samples_per_step, passes, number)
+    if device.on_cpu:
+        parts = {part: number * count for part, count in parts.items()}
     return {part: count for part, count in (waits | parts).items() if count}, tokens
 
 
@@ -122,10 +124,10 @@ def larger(spec: RunSpec, device: Device) -> Iterator[Remedy]:
     if spec.training.language_mode != "full":
         return
     card = max(DEVICES.values(), key=lambda one: one.memory_bytes)
-    parts, _ = memory(spec.training, sizes, card, card.precision(spec.training.precision)[0])
-    split, room = parts[LANGUAGE] + parts[GRADIENTS], card.memory_bytes - card.reserve_bytes
     for number in range(2, MOST_CARDS + 1):
-        if (needed := sum(parts.values()) - split + split // number) <= room:
+        shared = spec.training.model_copy(update={"num_processes": number})
+        parts, _ = memory(shared, sizes, card, card.precision(shared.precision)[0])
+        if (needed := sum(parts.values())) <= card.memory_bytes - card.reserve_bytes:
             yield Remedy(change=f"{number} cards that share the weights: {card.title}", memory_bytes=needed, fits=True)
             return
 
@@ -145,13 +147,10 @@ def refuse_too_small(spec: RunSpec) -> None:
         IncompatibleParts
     ):  # a part that does not state its sizes may fit; what else is wrong is told when it is read
         return
-    training = spec.training.model_copy(update={"tokens_per_pass": sizes.tokens})
+    number = spec.training.num_processes or (1 if device.on_cpu else torch.cuda.device_count())
+    training = spec.training.model_copy(update={"tokens_per_pass": sizes.tokens, "num_processes": number})
     parts, _ = memory(training, replace(sizes, longest=sizes.tokens), device, device.precision(training.precision)[0])
     needed = sum(count for part, count in parts.items() if part not in (WAITING, CONTEXT, READING))
-    if spec.training.language_mode == "full":  # which processes share
-        number = spec.training.num_processes or (1 if device.on_cpu else torch.cuda.device_count())
-        split = parts.get(LANGUAGE, 0) + parts.get(GRADIENTS, 0)
-        needed -= split - split // max(1, number)
     if needed <= device.memory_bytes:
         return
     remedy = next(iter(remedies(spec, sizes, device)), None)

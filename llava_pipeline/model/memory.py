@@ -32,7 +32,7 @@ PROJECTOR, ADAPTER, LANGUAGE, TOWER = (
     "vision tower",
 )
 GRADIENTS, ACTIVATIONS, HEAD = "gradients and moments of the language model", "activations", "head and logits"
-LIBRARIES, READING, MATRIX = "process and libraries", "more while weights are read", "weights of the layer at work"
+LIBRARIES, READING, MATRIX = "process and libraries", "more while weights are read", "weights at work"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +130,10 @@ def fitting_tokens(text: Any, itemsize: int, free: float, on_cpu: bool, spec: Tr
 
 
 def memory_by_part(
-    shape: Shape, spec: TrainingSpec, numbers: Numbers, tokens: int, pictures: int = TOWER_BATCH, passes: int = 1
-) -> dict[str, int]:
-    """Bytes of each part at the highest moment of training; they add up to it.
+    shape: Shape, spec: TrainingSpec, numbers: Numbers, tokens: int, pictures: int = TOWER_BATCH, passes: int = 1,
+    processes: int = 1,
+) -> dict[str, int]:  # fmt: skip
+    """Bytes of each part at the highest moment of training, in one process; they add up to it.
 
     Args:
         shape: of the model.
@@ -141,18 +142,19 @@ def memory_by_part(
         tokens: of one pass.
         pictures: of one step.
         passes: of one step; the gradients of an earlier one lie beside the activations of the next.
+        processes: that train together; a language model that learns whole is split over them.
     """
     text, mode, size = shape.text, spec.language_mode, numbers.itemsize
     language, adapter = shape.counts["language model"], adapter_parameters(text, spec)
     one = TOWER_BATCH if pictures > TOWER_BATCH else pictures
     working = max(tokens * bytes_per_token(text, size, spec), one * tower_bytes(shape, size))
-    learned = language if mode == "full" else 0
+    learned = language / processes if mode == "full" else 0
     gradients = 4 * learned * (1 if numbers.on_cpu else 2)  # AdamW has one more copy under way on a card
     beside = gradients if passes == 1 else 0
     parts = {
         LIBRARIES: PROCESS_BYTES if numbers.on_cpu else 0,
         TOWER: shape.counts["vision tower"] * size,
-        LANGUAGE: language_bytes(shape, spec, numbers),
+        LANGUAGE: language_bytes(shape, spec, numbers, processes),
         PROJECTOR: shape.counts["projector"] * (4 + LEARNED_BYTES if spec.projector.learns else 4),
     }
     if adapter:
@@ -162,7 +164,7 @@ def memory_by_part(
     fragments = CPU_FRAGMENTS_AGAIN if spec.step.recompute else CPU_FRAGMENTS
     parts[ACTIVATIONS] = int(working * (1 + fragments)) if numbers.on_cpu else working
     parts[HEAD] = head_bytes(shape, spec, numbers, tokens)
-    if matrix := matrix_bytes(text, spec, numbers):
+    if matrix := matrix_bytes(shape, spec, numbers, processes):
         parts[MATRIX] = matrix
     if numbers.on_cpu:
         reading = PROCESS_BYTES + reading_bytes(shape)
@@ -170,22 +172,33 @@ def memory_by_part(
     return {part: int(num) for part, num in parts.items()}
 
 
-def language_bytes(shape: Shape, spec: TrainingSpec, numbers: Numbers) -> float:
-    """The language model's own weights. One that learns whole is in float32, with its copy for products."""
+def language_bytes(shape: Shape, spec: TrainingSpec, numbers: Numbers, processes: int = 1) -> float:
+    """The language model's own weights in one process. One that learns whole is in float32, with its copy for products,
+    or its part of them where several processes share it."""
     count = shape.counts["language model"]
     if spec.language_mode == "full":
-        return count * (4 + (numbers.itemsize if numbers.itemsize < 4 else 0))
+        copied = numbers.itemsize if numbers.itemsize < 4 and processes == 1 else 0
+        return count * (4 + copied) / processes
     if spec.lora.quantize == "nf4" and not numbers.on_cpu:
-        layers = shape.text.num_hidden_layers * sum(a * b for a, b in matrices(shape.text).values())
+        layers = layer_parameters(shape.text)
         return float(layers * NF4_BYTES + (count - layers) * numbers.itemsize)
     return count * numbers.stored_itemsize
 
 
-def matrix_bytes(text: Any, spec: TrainingSpec, numbers: Numbers) -> float:
-    """A layer's largest product's weights, where they lie in fewer bits than they are multiplied in."""
+def layer_parameters(text: Any) -> int:
+    """Parameters of the matrices of all layers."""
+    return int(text.num_hidden_layers * sum(a * b for a, b in matrices(text).values()))
+
+
+def matrix_bytes(shape: Shape, spec: TrainingSpec, numbers: Numbers, processes: int = 1) -> float:
+    """What is whole or cast only while it is at work: of weights that lie in fewer bits than they are multiplied in, a
+    layer's largest product's; of weights that processes share, a layer's and the next one's, embeddings and head."""
+    text = shape.text
     widest = 2.0 * text.hidden_size * text.intermediate_size * numbers.itemsize
     if spec.language_mode == "full":
-        return 0
+        layers = layer_parameters(text)
+        whole = shape.counts["language model"] - layers + 2 * layers / text.num_hidden_layers
+        return whole * numbers.itemsize if processes > 1 else 0
     if spec.lora.quantize == "nf4" and not numbers.on_cpu:
         return float(widest)
     return 0.0 if numbers.itemsize == numbers.stored_itemsize else 1.5 * float(widest)
@@ -219,7 +232,7 @@ def reading_bytes(shape: Shape) -> int:
 
 def training_bytes(
     text: Any, counts: dict[str, int], tokens: int, itemsize: int, stored_itemsize: int, on_cpu: bool,
-    spec: TrainingSpec | None = None, vision: Any = None, image_tokens: int = 0, passes: int = 1,
+    spec: TrainingSpec | None = None, vision: Any = None, image_tokens: int = 0, passes: int = 1, processes: int = 1,
 ) -> int:  # fmt: skip
     """Bytes at the peak of training, on a card without, on a CPU with the process itself.
 
@@ -234,8 +247,9 @@ def training_bytes(
         vision: configuration of the vision tower.
         image_tokens: that it gives of a picture.
         passes: of one step.
+        processes: that train together, of which this is one.
     """
     spec = spec or TrainingSpec(max_steps=1)
     shape = Shape(text, vision, counts, image_tokens)
     numbers = Numbers(itemsize, stored_itemsize, on_cpu)
-    return sum(memory_by_part(shape, spec, numbers, tokens, spec.samples_per_step, passes).values())
+    return sum(memory_by_part(shape, spec, numbers, tokens, spec.samples_per_step, passes, processes).values())

@@ -31,7 +31,8 @@ class Download(Frozen):
 
 
 class DevicePlan(Frozen):
-    """What a run takes on one device. Bytes, seconds, US dollars; all of them are estimates.
+    """What a run takes on one device. Bytes, seconds, US dollars; all of them are estimates. With ``num_processes`` on
+    cards bytes are those of each, seconds and dollars those of all together.
 
     ``memory_by_part`` adds up to ``memory_bytes``, which fits beside ``reserve_bytes`` or not. ``process_bytes`` of it
     are the training process's, ``host_memory_bytes`` what the machine itself needs while weights are read.
@@ -145,12 +146,13 @@ def on_device(spec: RunSpec, sizes: Sizes, device: Device) -> DevicePlan:
     num_samples = planned_samples(training, step / training.samples_per_step)
     seconds = num_samples / training.samples_per_step * step
     asked = evaluation_seconds(spec, sizes, device, precision, step)
-    per_hour = training.price_per_hour or device.price_per_hour
+    number = 1 if device.on_cpu else training.num_processes or 1
+    per_hour = training.price_per_hour or (device.price_per_hour and number * device.price_per_hour)
     fits = total <= device.memory_bytes - device.reserve_bytes
     waiting = LIBRARIES_BYTES if device.on_cpu else 0
     return DevicePlan(
         device=device.name,
-        title=device.title,
+        title=device.title if number == 1 else f"{number} x {device.title}",
         precision=precision,
         note=note,
         tokens_per_pass=tokens,

@@ -355,12 +355,12 @@ class Training:
         if isinstance(self.task.step, PackedStep) and self.task.step.shares is not None:
             num_again = len(samples) - len(samples.runs) + 1
         once = len(samples.ids) - num_again * int(config.image_seq_length)
-        in_step = self.spec.samples_per_step * once // len(samples)
+        in_step = self.spec.samples_per_step * once // len(samples) // self.world.size
         tokens = min(self.place.tokens_per_pass, in_step)
         counts["language model"] -= adapter_parameters(config.text_config, self.spec)
         return training_bytes(
             config.text_config, counts, tokens, self.dtype.itemsize, stored, self.world.device.type == "cpu",
-            self.spec, config.vision_config, int(config.image_seq_length), -(-in_step // tokens),
+            self.spec, config.vision_config, int(config.image_seq_length), -(-in_step // tokens), self.world.size,
         )  # fmt: skip
 
 

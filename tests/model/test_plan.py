@@ -14,7 +14,7 @@ from llava_pipeline.model import adapter
 from llava_pipeline.model.assemble import Llava
 from llava_pipeline.model.devices import DEVICES
 from llava_pipeline.model.fit import refuse_too_small
-from llava_pipeline.model.plan import Download, downloads, plan
+from llava_pipeline.model.plan import DevicePlan, Download, downloads, plan
 from llava_pipeline.spec import RunSpec, Stage, load_spec
 from tests.backbones.gguf import write_tiny_gguf
 from tests.backbones.test_configuration import FOREIGN, POCKET
@@ -122,6 +122,38 @@ def test_eight_billion_parameters_are_trained_on_a_t4_in_four_bits_and_not_whole
     (four_bits,) = plan(load_spec("llama-3.1-8b", smaller, stage="instruct"), ("t4",)).devices
     assert four_bits.fits
     assert four_bits.memory_bytes == pytest.approx(needed[-1], rel=0.05)
+
+
+def test_cards_that_share_a_language_model_hold_a_part_of_it_each_and_cost_as_much_together() -> None:
+    def planned(mode: str, *values: str) -> DevicePlan:
+        overrides = [f"training.language_model.mode={mode}", "training.max_steps=100", *values]
+        (found,) = plan(load_spec("llama-3.1-8b", overrides, stage="instruct"), ("h200",)).devices
+        return found
+
+    one, four = (planned("full", f"training.num_processes={number}") for number in (1, 4))
+    gradients = "gradients and moments of the language model"
+    assert four.memory_by_part[gradients] == pytest.approx(one.memory_by_part[gradients] / 4, rel=0.2)
+    weights = [found.memory_by_part["language model"] / 8_030_269_440 for found in (one, four)]
+    assert weights == pytest.approx([4 + 2, 4 / 4], rel=1e-3)  # float32, and the copy for products of what is at work
+    assert not one.fits
+    assert four.fits
+    assert four.title == f"4 x {one.title}"
+    assert four.training_seconds == pytest.approx(one.training_seconds / 4, rel=0.05)
+    assert four.price_per_hour == pytest.approx(4 * (one.price_per_hour or 0))
+
+    alone, apart = (planned("lora", f"training.num_processes={number}") for number in (1, 4))
+    for part in ("language model", "adapter and optimizer", "vision tower"):  # a LoRA is each process's own
+        assert apart.memory_by_part[part] == alone.memory_by_part[part]
+
+
+def test_processes_on_one_cpu_share_its_memory_and_its_cores() -> None:
+    one, two = (plan(load_spec("smol", [f"training.num_processes={number}"])).devices[0] for number in (1, 2))
+    for part in ("process and libraries", "language model", "projector and optimizer"):  # all of it in each
+        assert two.memory_by_part[part] == 2 * one.memory_by_part[part]
+    activations = two.memory_by_part["activations"], one.memory_by_part["activations"]
+    assert activations[0] == pytest.approx(activations[1], rel=0.1)  # of half the samples in each
+    assert two.title == one.title
+    assert sum(two.memory_by_part.values()) == two.memory_bytes
 
 
 def test_a_smaller_pass_is_the_first_remedy() -> None:
