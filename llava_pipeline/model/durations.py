@@ -87,18 +87,19 @@ def step_seconds(spec: RunSpec, sizes: Sizes, device: Device, precision: Precisi
     have the cores of one."""
     training = spec.training
     number = 1 if device.on_cpu else training.num_processes or 1
-    in_step, counted = training.samples_per_step, operations(spec, sizes)
+    in_step, counted = math.ceil(training.samples_per_step / number), operations(spec, sizes)
     total = sum(counted.values())
     if training.language_mode != "full":  # the packed step spares most of the last layer
         total -= counted["language model"] * LAST_LAYER / sizes.text.num_hidden_layers
     speed = sustained(device, precision, sizes, training, tokens)
-    passes = math.ceil(in_step / number * sizes.tokens / tokens)
-    seconds = in_step * total / speed / number * (NF4_SLOWER if training.lora.quantize and not device.on_cpu else 1)
+    passes = math.ceil(in_step * sizes.tokens / tokens)
+    seconds = in_step * total / speed * (NF4_SLOWER if training.lora.quantize and not device.on_cpu else 1)
     if training.language_mode == "full":
         seconds *= PADDED_SLOWER
     if not device.on_cpu:  # kernels are launched one by one: that takes longer than a small pass
         seconds = max(seconds, passes * sizes.text.num_hidden_layers * LAUNCH_SECONDS)
-    return seconds + sum(sizes.trainable.values()) * ADAMW_BYTES / device.bandwidth
+    split = number if training.language_mode == "full" else 1
+    return seconds + sum(sizes.trainable.values()) / split * ADAMW_BYTES / device.bandwidth
 
 
 def sustained(device: Device, precision: Precision, sizes: Sizes, training: TrainingSpec, tokens: int) -> float:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from llava_pipeline.errors import IncompatibleParts, SpecError
-from llava_pipeline.model.devices import CONTEXT_BYTES, DEVICES, ITEMSIZE, Device, Precision, here
+from llava_pipeline.model.devices import CONTEXT_BYTES, DEVICES, HERE, ITEMSIZE, Device, Precision, here
 from llava_pipeline.model.memory import (
     ACTIVATIONS,
     HALVED_FROM,
@@ -39,6 +39,14 @@ class Remedy(Frozen):
     fits: bool
 
 
+def as_run(spec: RunSpec, device: Device) -> RunSpec:
+    """The spec with the number of processes that a run on this device would have: on this machine one for each card."""
+    if spec.training.num_processes is not None or device.name != HERE or device.on_cpu:
+        return spec
+    training = spec.training.model_copy(update={"num_processes": max(1, torch.cuda.device_count())})
+    return spec.model_copy(update={"training": training})
+
+
 def memory(training: TrainingSpec, sizes: Sizes, device: Device, precision: Precision) -> tuple[dict[str, int], int]:
     """Bytes by part on a device, and the tokens of a pass there: as many as a run would choose. Of several processes
     each has a card of its own, or all have the one CPU's memory."""
@@ -53,10 +61,11 @@ def memory(training: TrainingSpec, sizes: Sizes, device: Device, precision: Prec
     beside = (4 + LEARNED_BYTES) * small + LEARNED_BYTES * whole
     free = device.memory_bytes - CONTEXT_BYTES - weights - beside
     fitting = training.tokens_per_pass or fitting_tokens(text, size, free, device.on_cpu, training)
-    in_step = math.ceil(training.samples_per_step / number) * sizes.tokens
+    own = math.ceil(training.samples_per_step / number)
+    in_step = own * sizes.tokens
     tokens = max(min(fitting, in_step), sizes.longest if sizes.longest <= in_step else sizes.tokens)
     passes = math.ceil(in_step / tokens)
-    parts = memory_by_part(sizes.shape, training, numbers, tokens, training.samples_per_step, passes, number)
+    parts = memory_by_part(sizes.shape, training, numbers, tokens, own, passes, number)
     if device.on_cpu:
         parts = {part: number * count for part, count in parts.items()}
     return {part: count for part, count in (waits | parts).items() if count}, tokens
@@ -119,7 +128,8 @@ def larger(spec: RunSpec, device: Device) -> Iterator[Remedy]:
     for card in sorted(DEVICES.values(), key=lambda one: one.price_per_hour or 0.0):
         parts, _ = memory(spec.training, sizes, card, card.precision(spec.training.precision)[0])
         if card.name != device.name and (needed := sum(parts.values())) <= card.memory_bytes - card.reserve_bytes:
-            yield Remedy(change=f"a card with more memory: {card.title}", memory_bytes=needed, fits=True)
+            cards = f"{number} x {card.title}" if (number := spec.training.num_processes or 1) > 1 else card.title
+            yield Remedy(change=f"a card with more memory: {cards}", memory_bytes=needed, fits=True)
             return
     if spec.training.language_mode != "full":
         return
@@ -147,8 +157,8 @@ def refuse_too_small(spec: RunSpec) -> None:
         IncompatibleParts
     ):  # a part that does not state its sizes may fit; what else is wrong is told when it is read
         return
-    number = spec.training.num_processes or (1 if device.on_cpu else torch.cuda.device_count())
-    training = spec.training.model_copy(update={"tokens_per_pass": sizes.tokens, "num_processes": number})
+    spec = as_run(spec, device)
+    training = spec.training.model_copy(update={"tokens_per_pass": sizes.tokens})
     parts, _ = memory(training, replace(sizes, longest=sizes.tokens), device, device.precision(training.precision)[0])
     needed = sum(count for part, count in parts.items() if part not in (WAITING, CONTEXT, READING))
     if needed <= device.memory_bytes:

@@ -140,7 +140,7 @@ def memory_by_part(
         spec: what learns, and how.
         numbers: how the device holds them.
         tokens: of one pass.
-        pictures: of one step.
+        pictures: of one step in this process.
         passes: of one step; the gradients of an earlier one lie beside the activations of the next.
         processes: that train together; a language model that learns whole is split over them.
     """
@@ -210,7 +210,8 @@ def head_bytes(shape: Shape, spec: TrainingSpec, numbers: Numbers, tokens: int) 
     if spec.language_mode == "full":
         return SUPERVISED_SHARE * tokens * words * (numbers.itemsize + 12)
     cast = 0 if numbers.itemsize == numbers.stored_itemsize else words * shape.text.hidden_size * 4
-    return CHUNK_ROWS * words * 12 + cast
+    copied = numbers.itemsize if numbers.itemsize < 4 else 0
+    return CHUNK_ROWS * words * (4 + copied) + cast
 
 
 SUPERVISED_SHARE = 0.4  # of a pass's tokens, where the step keeps all their logits
@@ -252,4 +253,6 @@ def training_bytes(
     spec = spec or TrainingSpec(max_steps=1)
     shape = Shape(text, vision, counts, image_tokens)
     numbers = Numbers(itemsize, stored_itemsize, on_cpu)
-    return sum(memory_by_part(shape, spec, numbers, tokens, spec.samples_per_step, passes, processes).values())
+    return sum(
+        memory_by_part(shape, spec, numbers, tokens, -(-spec.samples_per_step // processes), passes, processes).values()
+    )

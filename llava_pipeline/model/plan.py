@@ -13,7 +13,7 @@ import torch
 
 from llava_pipeline.model.devices import DEVICES, HERE, Device, device_named, here
 from llava_pipeline.model.durations import asking, evaluation_seconds, operations, planned_samples, step_seconds
-from llava_pipeline.model.fit import LIBRARIES_BYTES, Remedy, memory, remedies
+from llava_pipeline.model.fit import LIBRARIES_BYTES, Remedy, as_run, memory, remedies
 from llava_pipeline.model.memory import PROCESS_BYTES, reading_bytes
 from llava_pipeline.model.sizes import Sizes, sizes_of
 from llava_pipeline.spec import EasyVqaSource, Frozen, HubBackbone, HubSource, RunSpec, WheelBackbone
@@ -35,7 +35,7 @@ class DevicePlan(Frozen):
     cards bytes are those of each, seconds and dollars those of all together.
 
     ``memory_by_part`` adds up to ``memory_bytes``, which fits beside ``reserve_bytes`` or not. ``process_bytes`` of it
-    are the training process's, ``host_memory_bytes`` what the machine itself needs while weights are read.
+    are the training processes', ``host_memory_bytes`` what the machine itself needs while weights are read.
     """
 
     device: str
@@ -138,6 +138,7 @@ def usual_devices(spec: RunSpec) -> tuple[str, ...]:
 
 def on_device(spec: RunSpec, sizes: Sizes, device: Device) -> DevicePlan:
     """What a run takes on one device, and what would have to change where it does not fit."""
+    spec = as_run(spec, device)
     training = spec.training
     precision, note = device.precision(training.precision)
     parts, tokens = memory(training, sizes, device, precision)
@@ -162,7 +163,9 @@ def on_device(spec: RunSpec, sizes: Sizes, device: Device) -> DevicePlan:
         device_memory_bytes=device.memory_bytes,
         reserve_bytes=device.reserve_bytes,
         fits=fits,
-        host_memory_bytes=total if device.on_cpu else LIBRARIES_BYTES + PROCESS_BYTES + reading_bytes(sizes.shape),
+        host_memory_bytes=total
+        if device.on_cpu
+        else LIBRARIES_BYTES + number * (PROCESS_BYTES + reading_bytes(sizes.shape)),
         step_seconds=round(step, 4),
         training_seconds=round(seconds, 1),
         evaluation_seconds=round(asked, 1),

@@ -73,13 +73,15 @@ def layer_flops(text: Any, spec: TrainingSpec, tokens: int, in_sample: int, atte
         return torch.addmm(out, functional.linear(x, thin[name][0]), thin[name][1].T) if rank else out
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if attended == in_sample:
-            return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != keys)
+        if in_grid:
+            whole = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != keys)
+            return whole[:, :, -in_sample:]
         scores = q.unflatten(1, (keys, -1)).flatten(2, 3).flatten(0, 1) @ k.flatten(0, 1).transpose(1, 2)
-        weights = (scores.view(count, heads, in_sample, attended) + hidden).softmax(-1)
-        out: Tensor = weights.view(count * keys, -1, attended) @ v.flatten(0, 1)
+        odds = (scores.view(count, heads, in_sample, attended) + hidden).softmax(-1)
+        out: Tensor = odds.view(count * keys, -1, attended) @ v.flatten(0, 1)
         return out.view(count, heads, in_sample, head)
 
+    in_grid = attended == in_sample or dtype != torch.float32  # as the step chooses
     hidden = torch.full((in_sample, attended), -torch.inf, dtype=dtype).triu(attended - in_sample + 1)
     own = torch.arange(total).unflatten(0, (count, in_sample))
     cells = torch.cat([own[:, :1].expand(-1, attended - in_sample), own], 1)
@@ -90,7 +92,7 @@ def layer_flops(text: Any, spec: TrainingSpec, tokens: int, in_sample: int, atte
         q, k, v = product(normed, "qkv").split([queries, keys * head, keys * head], -1)
         q, k, v = (
             (part.unflatten(-1, (-1, head)) * (1.0 + turned))[rows].transpose(1, 2)
-            for turned, (part, rows) in enumerate(((q, own), (k, cells), (v, cells)))
+            for turned, (part, rows) in enumerate(((q, cells if in_grid else own), (k, cells), (v, cells)))
         )
         y = x + product(attention(q, k, v).transpose(1, 2).reshape(total, queries), "out")
         normed = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)).to(dtype)

@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from llava_pipeline.training.frozen import spread
 
 LONG, MUCH_OF_GRID = 128, 0.8
+FEW_WEIGHTS = 128  # of a row and a head, that a layer keeps where products are plain: a fifth of the rest, or less
 KeysValues = tuple[Tensor, Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor, KeysValues | None], Tensor]
 
@@ -100,6 +101,13 @@ def runs_of(layout: Layout) -> list[Run]:
             start, count = first, ahead
         runs.append(Run(first + ahead, length - ahead, start, count))
     return runs
+
+
+def keeps_little(layout: Layout) -> bool:
+    """Whether the weights that ``over_runs`` keeps for the backward pass are few for its tokens."""
+    behind = [run for run in runs_of(layout) if run.count]
+    longest, widest = max(run.length for run in behind), max(run.count + run.length for run in behind)
+    return len(behind) * longest * widest <= FEW_WEIGHTS * sum(layout.lengths)
 
 
 class Block:
@@ -222,7 +230,8 @@ def attention(layout: Layout, dtype: torch.dtype) -> Attend:
     """The best of the four for a device, a precision and the samples' lengths."""
     device = layout.back.device
     if len(layout.again):  # the others have no room for what samples share
-        return over_runs(layout) if device.type == "cpu" and dtype == torch.float32 else over_grid(layout)
+        plain = device.type == "cpu" and dtype == torch.float32 and keeps_little(layout)
+        return over_runs(layout) if plain else over_grid(layout)
     if has_varlen(device) and dtype in (torch.float16, torch.bfloat16):
         return over_sequence(layout)
     longest = max(layout.lengths)

@@ -110,7 +110,7 @@ def make_learner(learned: Mapping[str, Tensor], spec: TrainingSpec, dtype: torch
             groups.append({"params": mine, "share": spec.learning_rate_of(part) / spec.learning_rate})
     optimizer = torch.optim.AdamW(
         groups, lr=spec.learning_rate, betas=spec.betas, weight_decay=spec.weight_decay,
-        fused=device.type == "cpu",  # torch's choice there is a dozen calls for each of an adapter's many thin matrices
+        fused=True if device.type == "cpu" else None,  # there torch would make a dozen calls for each thin matrix
     )  # fmt: skip
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     scaler.scale(torch.zeros((), device=device))  # it makes its scale when it is first used, and we only ask for it

@@ -346,7 +346,7 @@ class Training:
         checkpoint.write(self.out / "result", self.place.used.steps, weights, state, on_host)
 
     def predicted_memory(self) -> int:
-        """What ``plan`` would have said of this training."""
+        """What ``plan`` would have said of this training, in one of its processes."""
         model = self.llava.model
         counts = {part: total for part, (total, _) in count_parameters(model).items()}
         stored = model.lm_head.weight.dtype.itemsize
@@ -355,7 +355,7 @@ class Training:
         if isinstance(self.task.step, PackedStep) and self.task.step.shares is not None:
             num_again = len(samples) - len(samples.runs) + 1
         once = len(samples.ids) - num_again * int(config.image_seq_length)
-        in_step = self.spec.samples_per_step * once // len(samples) // self.world.size
+        in_step = -(-self.spec.samples_per_step // self.world.size) * once // len(samples)
         tokens = min(self.place.tokens_per_pass, in_step)
         counts["language model"] -= adapter_parameters(config.text_config, self.spec)
         return training_bytes(

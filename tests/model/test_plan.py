@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llava_pipeline.errors import IncompatibleParts, NotFound, SpecError
-from llava_pipeline.model import adapter
+from llava_pipeline.model import adapter, durations
 from llava_pipeline.model.assemble import Llava
 from llava_pipeline.model.devices import DEVICES
 from llava_pipeline.model.fit import refuse_too_small
@@ -140,14 +140,23 @@ def test_cards_that_share_a_language_model_hold_a_part_of_it_each_and_cost_as_mu
     assert four.title == f"4 x {one.title}"
     assert four.training_seconds == pytest.approx(one.training_seconds / 4, rel=0.05)
     assert four.price_per_hour == pytest.approx(4 * (one.price_per_hour or 0))
+    assert four.host_memory_bytes > 3 * one.host_memory_bytes  # each process reads the whole of it
+    many = planned("full", "training.num_processes=64", "training.samples_per_step=8")
+    some = planned("full", "training.num_processes=8", "training.samples_per_step=8")
+    assert many.step_seconds == pytest.approx(some.step_seconds, rel=0.2)  # a sample is not shared
 
     alone, apart = (planned("lora", f"training.num_processes={number}") for number in (1, 4))
     for part in ("language model", "adapter and optimizer", "vision tower"):  # a LoRA is each process's own
         assert apart.memory_by_part[part] == alone.memory_by_part[part]
 
 
-def test_processes_on_one_cpu_share_its_memory_and_its_cores() -> None:
-    one, two = (plan(load_spec("smol", [f"training.num_processes={number}"])).devices[0] for number in (1, 2))
+def test_processes_on_one_cpu_share_its_memory_and_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durations, "layer_flops", lambda *_: 1e11)
+    one, two = (
+        plan(load_spec("smol", ["training.device=cpu", f"training.num_processes={number}"])).devices[0]
+        for number in (1, 2)
+    )
+    assert two.step_seconds == one.step_seconds
     for part in ("process and libraries", "language model", "projector and optimizer"):  # all of it in each
         assert two.memory_by_part[part] == 2 * one.memory_by_part[part]
     activations = two.memory_by_part["activations"], one.memory_by_part["activations"]

@@ -902,3 +902,10 @@ def test_the_parts_of_all_processes_are_the_step(num: int, size: int) -> None:
     parts = [World(rank, size, CPU).part(indices) for rank in range(size)]
     assert sorted(k for part in parts for k in part) == indices
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", True), ("meta", None)])
+def test_adamw_is_one_kernel_on_a_cpu_and_torchs_own_choice_elsewhere(device: str, expected: bool | None) -> None:
+    learned = {"projector.weight": torch.zeros(2, 2, device=device, requires_grad=True)}
+    learner = make_learner(learned, TrainingSpec(max_steps=1), torch.float32)
+    assert [group["fused"] for group in learner.optimizer.param_groups] == [expected]  # where it is False, torch loops

@@ -682,6 +682,8 @@ def test_samples_that_share_are_attended_to_in_runs_on_a_cpu(
     for name in ("one_by_one", "over_grid", "over_runs", "over_sequence"):
         monkeypatch.setattr(attention, name, lambda _, name=name: name)
     assert attention.attention(lay_out((30, 4), 0, CPU, ((0, 0), (0, 20))), dtype) == expected
+    long = lay_out((600, 90, 4), 0, CPU, ((0, 0), (0, 576), (0, 576)))  # 259 weights a row and a head
+    assert attention.attention(long, dtype) == "over_grid"
 
 
 @pytest.mark.parametrize(
