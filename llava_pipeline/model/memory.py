@@ -22,6 +22,7 @@ SHARE_OF_FREE_MEMORY = 0.6  # of a card, that activations may take
 MOST_TOKENS, FEWEST_TOKENS = 1 << 15, 256
 HALVED_FROM = 1_000_000_000  # bytes of float32 weights that a CPU keeps in 16 bits where nothing is lost
 LAST_LAYER = 0.6  # of the last layer: the packed step runs what follows attention for supervised tokens alone
+WEIGHTS_OF_ROW = 64  # of a head, that attention keeps where samples share: half of what it may (training/attention.py)
 NF4_BYTES = 0.516  # of a weight in 4 bits, with its block's scale quantized again
 CHUNK_ROWS = 256  # positions whose logits exist at once
 TOWER_BATCH = 64  # pictures that a tower is given at once
@@ -101,6 +102,9 @@ def per_layer_bytes(text: Any, itemsize: int, spec: TrainingSpec | None = None) 
             ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
         )]  # fmt: skip
         kept += itemsize * (sum(shared) + spec.lora.rank * len(inputs))
+    if spec is not None and spec.rounds == "apart":  # attention keeps what it padded; on a CPU its weights, too
+        kept += itemsize * (queries + 2 * keys)
+        kept += 4 * WEIGHTS_OF_ROW * text.num_attention_heads if itemsize == 4 else 0
     return int(kept)
 
 
