@@ -1,10 +1,10 @@
 """Causal attention over samples that lie one behind the other without padding, all behind one shared prefix.
 
 No sample sees another; one may share with an earlier one the tokens that both begin with. Four ways to the same
-result: ``over_grid`` lays the samples out as rows of a grid, whose padding costs attention alone; ``over_runs`` asks
-for nothing twice where samples share, which pays on a CPU; ``one_by_one`` pads nothing and calls once a sample, which
-pays there where samples are long and of different lengths; ``over_sequence`` pads nothing and calls once, on cards
-whose flash attention takes sequences of any length (compute capability 8.0 and later, torch 2.12 and later).
+result: ``over_grid`` lays the samples out as rows of a grid, whose padding costs attention alone; ``over_segments``
+asks for nothing twice where samples share, which pays on a CPU; ``one_by_one`` pads nothing and calls once a sample,
+which pays there where samples are long and of different lengths; ``over_sequence`` pads nothing and calls once, on
+cards whose flash attention takes sequences of any length (compute capability 8.0 and later, torch 2.12 and later).
 """
 
 from __future__ import annotations
@@ -28,12 +28,22 @@ Attend = Callable[[Tensor, Tensor, Tensor, KeysValues | None], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
+class Segment:
+    """Rows side by side, and those that they see before themselves."""
+
+    first: int
+    length: int
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """Where B samples of T tokens in all lie: (B, L) row of every cell, (T,) cell of every row, and the cells of rows
-    that another sample has too."""
+    that another sample has too. ``segments`` has the samples, those whose beginning others share in two."""
 
     lengths: tuple[int, ...]
-    shared: tuple[tuple[int, int], ...]
+    segments: tuple[Segment, ...]
     num_prefix: int
     grid: Tensor
     back: Tensor
@@ -53,7 +63,23 @@ def lay_out(
     before, inside = column < count, column < count + own
     grid = torch.where(before, start + column, torch.where(inside, first + column - count, 0))
     back, again = ((cells.flatten().nonzero()[:, 0]).to(device) for cells in (inside & ~before, before))
-    return Layout(lengths, shared, num_prefix, grid.to(device), back, again)
+    return Layout(lengths, segments_of(lengths, shared), num_prefix, grid.to(device), back, again)
+
+
+def segments_of(lengths: tuple[int, ...], shared: tuple[tuple[int, int], ...]) -> tuple[Segment, ...]:
+    """The samples, those whose beginning others share in two: so that the beginning is asked once."""
+    most: dict[int, int] = {}
+    for start, count in shared:
+        most[start] = max(most.get(start, 0), count)
+    segments, first = [], 0
+    for length, (start, count) in zip(lengths, shared, strict=True):
+        ahead = 0 if count else most.get(first, 0)
+        if ahead:
+            segments.append(Segment(first, ahead, first, 0))
+            start, count = first, ahead
+        segments.append(Segment(first + ahead, length - ahead, start, count))
+        first += length
+    return tuple(segments)
 
 
 def over_grid(layout: Layout) -> Attend:
@@ -76,46 +102,19 @@ def one_by_one(layout: Layout) -> Attend:
     return attend
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Rows side by side, and those that they see before themselves."""
-
-    first: int
-    length: int
-    start: int
-    count: int
-
-
-def runs_of(layout: Layout) -> list[Run]:
-    """The samples, those whose beginning others share in two: so that the beginning is asked once."""
-    most: dict[int, int] = {}
-    for start, count in layout.shared:
-        most[start] = max(most.get(start, 0), count)
-    runs = []
-    for first, length, (start, count) in zip(
-        accumulate(layout.lengths, initial=0), layout.lengths, layout.shared, strict=False
-    ):
-        ahead = 0 if count else most.get(first, 0)
-        if ahead:
-            runs.append(Run(first, ahead, first, 0))
-            start, count = first, ahead
-        runs.append(Run(first + ahead, length - ahead, start, count))
-    return runs
-
-
 def keeps_little(layout: Layout) -> bool:
-    """Whether the weights that ``over_runs`` keeps for the backward pass are few for its tokens."""
-    behind = [run for run in runs_of(layout) if run.count]
-    longest, widest = max(run.length for run in behind), max(run.count + run.length for run in behind)
+    """Whether the weights that ``over_segments`` keeps for the backward pass are few for its tokens."""
+    behind = [segment for segment in layout.segments if segment.count]
+    longest, widest = max(one.length for one in behind), max(one.count + one.length for one in behind)
     return len(behind) * longest * widest <= FEW_WEIGHTS * sum(layout.lengths)
 
 
 class Block:
-    """Runs padded to one length: the rows of their queries (B, Q) and of the keys that they see (B, K), first what they
-    share and then their own."""
+    """Segments padded to one length: the rows of their queries (B, Q) and of the keys that they see (B, K), first what
+    they share and then their own; ``bias`` (B, Q, K) is 0 where a query sees a key, else minus infinity."""
 
-    def __init__(self, runs: list[Run], device: torch.device) -> None:
-        first, length, start, count = torch.tensor([astuple(run) for run in runs])[:, :, None].unbind(1)
+    def __init__(self, segments: list[Segment], device: torch.device) -> None:
+        first, length, start, count = torch.tensor([astuple(segment) for segment in segments])[:, :, None].unbind(1)
         query, key = torch.arange(int(length.max())), torch.arange(int((count + length).max()))
         asked, again = query < length, key < count
         own = ~again & (key < count + length)
@@ -127,10 +126,12 @@ class Block:
         )
 
 
-def over_runs(layout: Layout) -> Attend:
+def over_segments(layout: Layout) -> Attend:
     """Attention in two calls: of what is shared, or shares nothing, and of what comes behind it."""
-    runs, device = runs_of(layout), layout.back.device
-    alone, behind = (Block([run for run in runs if (run.count > 0) == shares], device) for shares in (False, True))
+    device = layout.back.device
+    alone, behind = (
+        Block([segment for segment in layout.segments if (segment.count > 0) == sees], device) for sees in (False, True)
+    )
     queries, keys, asked, own, again = (
         torch.cat([getattr(block, name).flatten() for block in (alone, behind)])
         for name in ("queries", "keys", "asked", "own", "again")
@@ -231,7 +232,7 @@ def attention(layout: Layout, dtype: torch.dtype) -> Attend:
     device = layout.back.device
     if len(layout.again):  # the others have no room for what samples share
         plain = device.type == "cpu" and dtype == torch.float32 and keeps_little(layout)
-        return over_runs(layout) if plain else over_grid(layout)
+        return over_segments(layout) if plain else over_grid(layout)
     if has_varlen(device) and dtype in (torch.float16, torch.bfloat16):
         return over_sequence(layout)
     longest = max(layout.lengths)

@@ -36,7 +36,7 @@ from llava_pipeline.training.attention import (
     lay_out,
     one_by_one,
     over_grid,
-    over_runs,
+    over_segments,
     over_sequence,
 )
 from llava_pipeline.training.device import place
@@ -645,8 +645,8 @@ def test_what_samples_share_is_asked_once_with_the_same_result(
     shapes = [(total, num), (total, kept), (total, kept), (num_prefix, kept), (num_prefix, kept)]
     tensors = [torch.randn(*shape, 4, generator=generator) for shape in shapes]
     layout = lay_out(tuple(lengths), num_prefix, CPU, tuple(shared))
-    runs = attended(over_runs, layout, tensors, num_prefix > 0)
-    for one, other in zip(attended(over_grid, layout, tensors, num_prefix > 0), runs, strict=True):
+    segments = attended(over_segments, layout, tensors, num_prefix > 0)
+    for one, other in zip(attended(over_grid, layout, tensors, num_prefix > 0), segments, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
@@ -674,12 +674,13 @@ def test_sequences_of_any_length_are_for_cards_that_have_them(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "expected"), [(torch.float32, "over_runs"), (torch.bfloat16, "over_grid"), (torch.float16, "over_grid")]
+    ("dtype", "expected"),
+    [(torch.float32, "over_segments"), (torch.bfloat16, "over_grid"), (torch.float16, "over_grid")],
 )
-def test_samples_that_share_are_attended_to_in_runs_on_a_cpu(
+def test_samples_that_share_are_attended_to_by_segments_on_a_cpu(
     dtype: torch.dtype, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("one_by_one", "over_grid", "over_runs", "over_sequence"):
+    for name in ("one_by_one", "over_grid", "over_segments", "over_sequence"):
         monkeypatch.setattr(attention, name, lambda _, name=name: name)
     assert attention.attention(lay_out((30, 4), 0, CPU, ((0, 0), (0, 20))), dtype) == expected
     long = lay_out((600, 90, 4), 0, CPU, ((0, 0), (0, 576), (0, 576)))  # 259 weights a row and a head
