@@ -191,15 +191,12 @@ class _TokenLoss(torch.autograd.Function):
             rows = slice(start, start + CHUNK_ROWS)
             wanted, row = targets[rows], torch.arange(len(targets[rows]), device=targets.device)
             logits = (weight @ hidden[rows].T).float()  # (V, rows): faster on a CPU than (rows, V)
-            most = logits.amax(0)
-            log_odds = logits[wanted, row] - most
-            odds = logits.sub_(most).exp_()
-            total = odds.sum(0)
-            losses[rows] = total.log() - log_odds
+            log_total = logits.logsumexp(0)
+            losses[rows] = log_total - logits[wanted, row]
             if gradient is not None:
-                odds.mul_(scale / total)
-                odds[wanted, row] -= scale
-                gradient[rows] = odds.T.to(hidden.dtype) @ weight
+                of_logits = logits.sub_(log_total).exp_()
+                of_logits[wanted, row] -= 1
+                gradient[rows] = of_logits.mul_(scale).T.to(hidden.dtype) @ weight
         ctx.save_for_backward(gradient)
         ctx.scale = scale
         return losses
