@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 
 from llava_pipeline.errors import SpecError
+from llava_pipeline.spec import TrainingSpec
 
 Precision = Literal["fp32", "bf16", "fp16"]
 ITEMSIZE: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -48,6 +49,10 @@ class Device:
     reserve_bytes: int = 0
     kind: str = field(default="cuda")
 
+    def title_of(self, number: int) -> str:
+        """Of so many of them."""
+        return self.title if number == 1 or self.on_cpu else f"{number} x {self.title}"
+
     def precision(self, asked: str) -> tuple[Precision, str]:
         """What a run computes in that asks for ``auto``, fp32, bf16 or fp16; and a sentence where that is not what it
         asked for."""
@@ -58,6 +63,18 @@ class Device:
             if one == asked:
                 return one, ""
         return best, f"it does not compute in {asked}, so {best} is planned; set training.precision=auto"
+
+
+def num_processes(training: TrainingSpec, device: Device) -> int:
+    """Processes that a run has on a device: as many as it is told, else one for each card of this machine."""
+    if training.num_processes is not None:
+        return training.num_processes
+    return max(1, torch.cuda.device_count()) if device.name == HERE and not device.on_cpu else 1
+
+
+def num_cards(training: TrainingSpec, device: Device) -> int:
+    """Devices that a run takes: each process has a card, and all have the one CPU."""
+    return 1 if device.on_cpu else num_processes(training, device)
 
 
 def _card(

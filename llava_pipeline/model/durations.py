@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from llava_pipeline.model.devices import HERE, ITEMSIZE, Device, Precision
+from llava_pipeline.model.devices import HERE, ITEMSIZE, Device, Precision, num_cards
 from llava_pipeline.model.memory import LAST_LAYER, head_size, matrices
 from llava_pipeline.model.sizes import Sizes
 from llava_pipeline.model.speed import layer_flops, layer_operations, measured_flops
@@ -86,7 +86,7 @@ def step_seconds(spec: RunSpec, sizes: Sizes, device: Device, precision: Precisi
     """Seconds of one optimizer step. Cards share it, and what they tell each other is not counted; processes on a CPU
     have the cores of one."""
     training = spec.training
-    number = 1 if device.on_cpu else training.num_processes or 1
+    number = num_cards(training, device)
     in_step, counted = math.ceil(training.samples_per_step / number), operations(spec, sizes)
     total = sum(counted.values())
     if training.language_mode != "full":  # the packed step spares most of the last layer

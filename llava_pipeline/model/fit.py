@@ -6,10 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
-
 from llava_pipeline.errors import IncompatibleParts, SpecError
-from llava_pipeline.model.devices import CONTEXT_BYTES, DEVICES, HERE, ITEMSIZE, Device, Precision, here
+from llava_pipeline.model.devices import CONTEXT_BYTES, DEVICES, ITEMSIZE, Device, Precision, here, num_processes
 from llava_pipeline.model.memory import (
     ACTIVATIONS,
     HALVED_FROM,
@@ -39,26 +37,17 @@ class Remedy(Frozen):
     fits: bool
 
 
-def as_run(spec: RunSpec, device: Device) -> RunSpec:
-    """The spec with the number of processes that a run on this device would have: on this machine one for each card."""
-    if spec.training.num_processes is not None or device.name != HERE or device.on_cpu:
-        return spec
-    training = spec.training.model_copy(update={"num_processes": max(1, torch.cuda.device_count())})
-    return spec.model_copy(update={"training": training})
-
-
 def memory(training: TrainingSpec, sizes: Sizes, device: Device, precision: Precision) -> tuple[dict[str, int], int]:
     """Bytes by part on a device, and the tokens of a pass there: as many as a run would choose. Of several processes
     each has a card of its own, or all have the one CPU's memory."""
-    size, text, number = ITEMSIZE[precision], sizes.text, training.num_processes or 1
+    size, text, number = ITEMSIZE[precision], sizes.text, num_processes(training, device)
     counts = sizes.shape.counts
     halved = training.step.halve and training.language_mode != "full" and 4 * counts["language model"] >= HALVED_FROM
     numbers = Numbers(size, 2 if device.on_cpu and size == 4 and halved else size, device.on_cpu)
     waits = {WAITING: LIBRARIES_BYTES} if device.on_cpu else {CONTEXT: CONTEXT_BYTES}
     weights = language_bytes(sizes.shape, training, numbers, number) + counts["vision tower"] * size
-    small = counts["projector"] + sizes.trainable.get("adapter", 0)
-    whole = counts["language model"] / number if training.language_mode == "full" else 0
-    beside = (4 + LEARNED_BYTES) * small + LEARNED_BYTES * whole
+    learned = sum(count / (number if part == "language model" else 1) for part, count in sizes.trainable.items())
+    beside = 4 * (counts["projector"] + sizes.trainable.get("adapter", 0)) + LEARNED_BYTES * learned
     free = device.memory_bytes - CONTEXT_BYTES - weights - beside
     fitting = training.tokens_per_pass or fitting_tokens(text, size, free, device.on_cpu, training)
     own = math.ceil(training.samples_per_step / number)
@@ -128,8 +117,8 @@ def larger(spec: RunSpec, device: Device) -> Iterator[Remedy]:
     for card in sorted(DEVICES.values(), key=lambda one: one.price_per_hour or 0.0):
         parts, _ = memory(spec.training, sizes, card, card.precision(spec.training.precision)[0])
         if card.name != device.name and (needed := sum(parts.values())) <= card.memory_bytes - card.reserve_bytes:
-            cards = f"{number} x {card.title}" if (number := spec.training.num_processes or 1) > 1 else card.title
-            yield Remedy(change=f"a card with more memory: {cards}", memory_bytes=needed, fits=True)
+            title = card.title_of(num_processes(spec.training, card))
+            yield Remedy(change=f"a card with more memory: {title}", memory_bytes=needed, fits=True)
             return
     if spec.training.language_mode != "full":
         return
@@ -157,7 +146,6 @@ def refuse_too_small(spec: RunSpec) -> None:
         IncompatibleParts
     ):  # a part that does not state its sizes may fit; what else is wrong is told when it is read
         return
-    spec = as_run(spec, device)
     training = spec.training.model_copy(update={"tokens_per_pass": sizes.tokens})
     parts, _ = memory(training, replace(sizes, longest=sizes.tokens), device, device.precision(training.precision)[0])
     needed = sum(count for part, count in parts.items() if part not in (WAITING, CONTEXT, READING))

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
-from llava_pipeline.model.devices import DEVICES, HERE, Device, device_named, here
+from llava_pipeline.model.devices import DEVICES, HERE, Device, device_named, here, num_cards
 from llava_pipeline.model.durations import asking, evaluation_seconds, operations, planned_samples, step_seconds
-from llava_pipeline.model.fit import LIBRARIES_BYTES, Remedy, as_run, memory, remedies
+from llava_pipeline.model.fit import LIBRARIES_BYTES, Remedy, memory, remedies
 from llava_pipeline.model.memory import PROCESS_BYTES, reading_bytes
 from llava_pipeline.model.sizes import Sizes, sizes_of
 from llava_pipeline.spec import EasyVqaSource, Frozen, HubBackbone, HubSource, RunSpec, WheelBackbone
@@ -138,7 +138,6 @@ def usual_devices(spec: RunSpec) -> tuple[str, ...]:
 
 def on_device(spec: RunSpec, sizes: Sizes, device: Device) -> DevicePlan:
     """What a run takes on one device, and what would have to change where it does not fit."""
-    spec = as_run(spec, device)
     training = spec.training
     precision, note = device.precision(training.precision)
     parts, tokens = memory(training, sizes, device, precision)
@@ -147,13 +146,13 @@ def on_device(spec: RunSpec, sizes: Sizes, device: Device) -> DevicePlan:
     num_samples = planned_samples(training, step / training.samples_per_step)
     seconds = num_samples / training.samples_per_step * step
     asked = evaluation_seconds(spec, sizes, device, precision, step)
-    number = 1 if device.on_cpu else training.num_processes or 1
+    number = num_cards(training, device)
     per_hour = training.price_per_hour or (device.price_per_hour and number * device.price_per_hour)
     fits = total <= device.memory_bytes - device.reserve_bytes
     waiting = LIBRARIES_BYTES if device.on_cpu else 0
     return DevicePlan(
         device=device.name,
-        title=device.title if number == 1 else f"{number} x {device.title}",
+        title=device.title_of(number),
         precision=precision,
         note=note,
         tokens_per_pass=tokens,

@@ -22,6 +22,7 @@ from llava_pipeline.data.record import turn
 from llava_pipeline.data.snapshot import Rows, open_rows
 from llava_pipeline.errors import TrainerDied
 from llava_pipeline.model import projector
+from llava_pipeline.model.devices import here, num_processes
 from llava_pipeline.model.processor import Processor
 from llava_pipeline.model.read_processor import processor_of
 from llava_pipeline.progress import bar
@@ -61,15 +62,10 @@ def train_projector(
     write_text(out / "job.json", job.model_dump_json(indent=1) + "\n")
     steps = Steps(out)
     with bar("train projector", 100) as advance:
-        launch(out / "job.json", out, spec.num_processes or num_cards(spec), watcher(advance, [steps, follow]))
+        launch(out / "job.json", out, num_processes(spec, here(spec.device)), watcher(advance, [steps, follow]))
     trained = keep(job, data.train, out, steps.merged()).model_copy(update={"began_with": beginning})
     shutil.rmtree(out, ignore_errors=True)
     return trained
-
-
-def num_cards(spec: TrainingSpec) -> int:
-    """One process per card; one on a CPU."""
-    return max(1, torch.cuda.device_count()) if spec.device != "cpu" and torch.cuda.is_available() else 1
 
 
 class Steps:

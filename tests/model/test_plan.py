@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from llava_pipeline.errors import IncompatibleParts, NotFound, SpecError
-from llava_pipeline.model import adapter, durations
+from llava_pipeline.model import adapter, devices, durations
 from llava_pipeline.model.assemble import Llava
 from llava_pipeline.model.devices import DEVICES
 from llava_pipeline.model.fit import refuse_too_small
@@ -163,6 +164,16 @@ def test_processes_on_one_cpu_share_its_memory_and_its_cores(monkeypatch: pytest
     assert activations[0] == pytest.approx(activations[1], rel=0.1)  # of half the samples in each
     assert two.title == one.title
     assert sum(two.memory_by_part.values()) == two.memory_bytes
+
+
+def test_a_run_has_a_process_for_each_card_of_this_machine_and_so_has_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    cpu, training = devices.here("cpu"), load_spec("smol").training
+    card = replace(cpu, on_cpu=False)
+    told = training.model_copy(update={"num_processes": 2})
+    assert [devices.num_processes(training, one) for one in (cpu, card, DEVICES["t4"])] == [1, 3, 1]
+    assert [devices.num_processes(told, one) for one in (cpu, card, DEVICES["t4"])] == [2, 2, 2]
+    assert [devices.num_cards(told, one) for one in (cpu, card, DEVICES["t4"])] == [1, 2, 2]
 
 
 def test_a_smaller_pass_is_the_first_remedy() -> None:
