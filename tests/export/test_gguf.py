@@ -64,8 +64,7 @@ def clearly_answered(llava: Llava, questions: list[Question]) -> list[Question]:
     return [
         question
         for question, ours in zip(questions, expect(llava, questions), strict=True)
-        if ours.logprobs[ours.tokens[0]] - ours.logprobs[ours.tokens[1]] > 0.05
-        and PART not in llava.processor.words([ours.tokens[0]])
+        if ours.logprobs.topk(2).values.diff().abs() > 0.05 and PART not in llava.processor.words([ours.tokens[0]])
     ]
 
 

@@ -18,7 +18,7 @@ from llava_pipeline.errors import ExportRefused
 from llava_pipeline.export.card import Facts
 from llava_pipeline.export.huggingface import exported_weights
 from llava_pipeline.export.template import exported_template, without_marks
-from llava_pipeline.export.verify import Question, expect, picture_difference
+from llava_pipeline.export.verify import LEAST, TOP, Question, expect, picture_difference
 from llava_pipeline.model import adapter, projector
 from llava_pipeline.model.assemble import Llava
 from llava_pipeline.serving.conversation import Turn, prompt_of
@@ -40,6 +40,22 @@ def test_transformers_answers_as_the_model_here(exported: Exported, questions: l
     (check,) = exported.checks
     assert check.num_same_ids == check.num_same_first == len(questions)
     assert check.largest_top < 0.05
+
+
+def test_only_tokens_that_may_follow_are_compared_and_the_first_always(
+    pocket: Llava, questions: list[Question]
+) -> None:
+    for sharpened in (1.0, 50.0):  # as it answers, and so surely that one token is left
+        surer = copy.deepcopy(pocket)
+        with torch.no_grad():
+            surer.model.model.language_model.norm.weight.mul_(sharpened)
+        for ours in expect(surer, questions):
+            best = ours.logprobs.topk(TOP)
+            likely = [
+                int(token) for token, value in zip(best.indices, best.values, strict=True) if value.exp() >= LEAST
+            ]
+            assert list(ours.tokens) == (likely or [int(best.indices[0])])
+    assert len(ours.tokens) == 1
 
 
 def test_the_weights_have_the_names_that_every_reader_knows(exported: Exported, pocket: Llava) -> None:

@@ -284,8 +284,13 @@ def test_an_address_is_refused_and_no_packet_is_sent(server: Served) -> None:
 
 
 def test_two_pictures_of_equal_pixels_in_bytes_but_another_shape_are_two(server: Served) -> None:
-    """Asked about together and apart, in either order: no cache may take one for the other."""
-    pixels = np.random.default_rng(3).integers(0, 256, 16 * 64 * 3, dtype=np.uint8)
+    """Asked about together and apart, in either order: no cache may take one for the other.
+
+    The wide one is red where it is looked at, a stripe between blue ones; read as rows of a quarter
+    of the length, the same pixels are blue with a red dash here and there.
+    """
+    pixels = np.full((16, 64, 3), (0, 0, 255), dtype=np.uint8)
+    pixels[:, 24:40] = (255, 0, 0)
 
     def shaped(height: int, width: int) -> str:
         kept = io.BytesIO()
@@ -294,14 +299,15 @@ def test_two_pictures_of_equal_pixels_in_bytes_but_another_shape_are_two(server:
 
     wide, tall = shaped(16, 64), shaped(64, 16)
 
-    def said(url: str) -> list[Any]:
-        """Their pixels are the same ones, so that only some answers differ."""
-        return [server.ask("Describe it.", url, temperature=2, seed=seed).json()["choices"] for seed in range(8)]
+    def said(url: str, seed: int) -> Any:
+        return server.ask("Describe it.", url, temperature=2, seed=seed).json()["choices"]
 
-    first, other = said(wide), said(tall)
+    for seed in range(64):  # of a model that has hardly learned to look, some answers are those of the other picture
+        if (first := said(wide, seed)) != (other := said(tall, seed)):
+            break
     assert first != other
-    assert said(tall) == other
-    assert said(wide) == first
+    assert said(tall, seed) == other
+    assert said(wide, seed) == first
 
 
 # ---- special tokens ----
