@@ -37,6 +37,9 @@ def export(
     quantize: Annotated[Quantize, typer.Option("--quantize", help="Of a GGUF's language model.")] = Quantize.F16,
     prompts: Annotated[int, typer.Option("--prompts", min=1, help="Held-out questions to check with.")] = 100,
     checked: Annotated[bool, typer.Option("--verify/--no-verify", help="Ask the engine it is for.")] = True,
+    vllm: Annotated[
+        Path | None, typer.Option("--vllm", help="Ask vLLM too: the Python of the environment it is installed in.")
+    ] = None,
     profile: Profile = "pocket",
     as_json: AsJson = False,
 ) -> None:
@@ -47,9 +50,11 @@ def export(
 
     if to == To.HF and quantize != Quantize.F16:
         raise SpecError(f"--quantize {quantize} is for --to gguf; leave it out, or export to gguf")
+    if vllm is not None and (to != To.HF or not checked):
+        raise SpecError("--vllm asks vLLM about what --to hf writes; leave it out, or else --to gguf and --no-verify")
     done = export_recorded(
         which, registered_model_of(profile), to.value, folder.absolute(), quantize.value, prompts, checked,
-        load_settings(),
+        load_settings(), None if vllm is None else vllm.absolute(),
     )  # fmt: skip
     show.document(done.model_dump(mode="json")) if as_json else told(done)
     refuse_unverified(done)

@@ -32,13 +32,29 @@ if TYPE_CHECKING:
 
 BOUNDS = {"hf": 0.05, "f16": 0.05, "q8_0": 0.5}  # of a log-probability, in nats
 TOP, LEAST = 5, 1e-3  # of the likeliest tokens, and the probability that all but the first have to have
-ENGINES = {"hf": "with_transformers", "gguf": "with_llama_cpp"}
-LLAMA_CPP = "xllamacpp"
+XLLAMACPP = "xllamacpp"
 PADS_WITH = (122, 116, 104)  # llama.cpp, whatever the tower's mean colour is
 TIMEOUT_SECONDS = 3600
 PART = "\ufffd"  # what a tokenizer writes for bytes that are no whole letter
 To = Literal["hf", "gguf"]
 Pictures = Literal["as they are", "at the tower's size"]
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """Who reads what was exported, and the command of its process; the folder and what is asked come after it."""
+
+    title: str
+    command: tuple[str, ...]
+
+
+TRANSFORMERS = Engine("transformers", (sys.executable, "-m", "llava_pipeline.export.engines.with_transformers"))
+LLAMA_CPP = Engine("llama.cpp", (sys.executable, "-m", "llava_pipeline.export.engines.with_llama_cpp"))
+
+
+def vllm_of(python: Path) -> Engine:
+    """vLLM in the environment of this Python."""
+    return Engine("vLLM", (str(python), "-I", str(Path(__file__).parent / "engines" / "with_vllm.py")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +97,26 @@ class Expected:
     logprobs: torch.Tensor  # of all tokens
 
 
-def refuse_if_missing(to: To) -> None:
-    """Raises ExportRefused where the engine is not installed that an export is verified with."""
-    if to == "gguf" and importlib.util.find_spec(LLAMA_CPP) is None:
+def refuse_if_missing(to: To, vllm: Path | None = None) -> None:
+    """Raises ExportRefused where an engine is not installed that an export is verified with."""
+    if to == "gguf" and importlib.util.find_spec(XLLAMACPP) is None:
         raise ExportRefused(
-            f"the files would be checked in llama.cpp, but {LLAMA_CPP} is not installed; `pip install {LLAMA_CPP}`, or "
+            f"the files would be checked in llama.cpp, but {XLLAMACPP} is not installed; `pip install {XLLAMACPP}`, or "
             "export unchecked with --no-verify"
         )
+    if vllm is not None and not _has_vllm(vllm):
+        raise ExportRefused(
+            f"{vllm} is not a Python that finds vLLM; name the one of the environment where it is installed, such as "
+            "--vllm .venv-vllm/bin/python (docs/export.md says how to make one), or leave --vllm out"
+        )
+
+
+def _has_vllm(python: Path) -> bool:
+    looks = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    try:
+        return subprocess.run([python, "-I", "-c", looks], capture_output=True, timeout=60).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 @torch.no_grad()
@@ -107,16 +136,21 @@ def expect(llava: Llava, questions: Sequence[Question]) -> list[Expected]:
 
 
 def verify(
-    exported: Path, to: To, bound: float, llava: Llava, questions: Sequence[Question], expected: Sequence[Expected]
-) -> list[Check]:
-    """Ask the engine that a folder is for. llama.cpp is judged on pictures of the tower's size, and told on others:
-    how it pads is its own.
+    exported: Path, to: To, bound: float, llava: Llava, questions: Sequence[Question], expected: Sequence[Expected],
+    vllm: Path | None = None,
+) -> list[Check]:  # fmt: skip
+    """Ask the engine that a folder is for, and vLLM if its Python is named. llama.cpp is judged on pictures of the
+    tower's size, and told on others: how it pads is its own.
 
     Raises:
         ExportRefused: no question can be asked there.
     """
-    kinds: tuple[Pictures, ...] = ("as they are",) if to == "hf" else ("at the tower's size", "as they are")
-    if to == "gguf":  # of an answer that begins with a part of a letter it tells nothing
+    looks: list[tuple[Engine, Pictures, bool]]
+    if to == "hf":
+        looks = [(engine, "as they are", True) for engine in (TRANSFORMERS, *([vllm_of(vllm)] if vllm else ()))]
+    else:
+        looks = [(LLAMA_CPP, "at the tower's size", True), (LLAMA_CPP, "as they are", False)]
+        # Of an answer that begins with a part of a letter it tells nothing.
         whole = [k for k, ours in enumerate(expected) if PART not in llava.processor.words([ours.tokens[0]])]
         questions, expected = [questions[k] for k in whole], [expected[k] for k in whole]
         if not whole:
@@ -125,19 +159,18 @@ def verify(
                 "questions with --prompts, or export unchecked with --no-verify"
             )
     checks = []
-    for kind in kinds:
-        told = ask(exported, ENGINES[to], kind, llava, questions, expected)
-        judged = kind == kinds[0]
-        pixel = picture_difference(exported, llava, questions) if to == "hf" and not told.problem else None
-        engine = "transformers" if to == "hf" else "llama.cpp"
-        checks.append(compare(engine, told, kind, judged, bound, pixel, expected, questions))
+    for engine, kind, judged in looks:
+        told = ask(exported, engine, kind, llava, questions, expected)
+        shows = engine is TRANSFORMERS and not told.problem
+        pixel = picture_difference(exported, llava, questions) if shows else None
+        checks.append(compare(engine.title, told, kind, judged, bound, pixel, expected, questions))
         if told.problem:
             break
     return checks
 
 
 def ask(
-    exported: Path, engine: str, kind: Pictures, llava: Llava, questions: Sequence[Question],
+    exported: Path, engine: Engine, kind: Pictures, llava: Llava, questions: Sequence[Question],
     expected: Sequence[Expected],
 ) -> Told:  # fmt: skip
     """One engine's answers, from a fresh process."""
@@ -155,7 +188,7 @@ def ask(
             prompts=tuple(prompts),
         )  # fmt: skip
         (work / ASKED).write_text(asked.model_dump_json(), encoding="utf-8")
-        command = [sys.executable, "-m", f"llava_pipeline.export.engines.{engine}", str(exported), str(work)]
+        command = [*engine.command, str(exported), str(work)]
         try:
             ended = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:

@@ -46,9 +46,10 @@ class Exported(Frozen):
 
 def export_recorded(
     which: str, registered_model: str, to: To, folder: Path, quantize: Quantize, num_prompts: int, checked: bool,
-    settings: Settings,
+    settings: Settings, vllm: Path | None = None,
 ) -> Exported:  # fmt: skip
-    """Export a run, version or alias, and ask the engine it is for beside the model here.
+    """Export a run, version or alias, and ask the engine it is for beside the model here, and vLLM if its Python is
+    named.
 
     What differs is kept as ``<folder>.unverified``; only what is verified, or was not to be checked, gets the name.
 
@@ -59,19 +60,21 @@ def export_recorded(
     """
     refuse_if_taken(folder)
     if checked:
-        refuse_if_missing(to)
+        refuse_if_missing(to, vllm)
     run_id = registry.resolve(which, registered_model, settings)
     spec = registry.recorded_spec(run_id, None, settings)
     evaluation = registry.recorded_evaluation(run_id, settings)
     llava, facts = trained(run_id, registered_model, spec, evaluation, settings)
     questions = held_out_questions(evaluation, spec, num_prompts) if checked else []
-    return export(llava, facts, to, folder, quantize, questions)
+    return export(llava, facts, to, folder, quantize, questions, vllm)
 
 
 def export(
-    llava: Llava, facts: Facts, to: To, folder: Path, quantize: Quantize, questions: Sequence[Question]
-) -> Exported:
-    """Write a model and check it with these questions; without any it is not checked.
+    llava: Llava, facts: Facts, to: To, folder: Path, quantize: Quantize, questions: Sequence[Question],
+    vllm: Path | None = None,
+) -> Exported:  # fmt: skip
+    """Write a model and check it with these questions, in vLLM too if its Python is named; without any question it is
+    not checked.
 
     Raises:
         ExportRefused: the folder is taken, or the engine does not have such parts.
@@ -83,7 +86,7 @@ def export(
         if questions:
             log.info("asking %d questions here and there ...", len(questions))
             bound = BOUNDS["hf" if to == "hf" else quantize]
-            checks = verify(temporary, to, bound, llava, questions, expect(llava, questions))
+            checks = verify(temporary, to, bound, llava, questions, expect(llava, questions), vllm)
         write_json(temporary / VERIFICATION, [check.model_dump(mode="json") for check in checks])
         (temporary / "LICENSES.md").write_text(cards.licences(facts), encoding="utf-8")
         (temporary / "README.md").write_text(cards.card(facts, to, checks), encoding="utf-8")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from llava_pipeline.export.verify import LLAMA_CPP
+from llava_pipeline.export.verify import XLLAMACPP
 from llava_pipeline.tracking.settings import URI_VARIABLE
 from tests.cli.conftest import Command, command
 from tests.serving.served import copied, trained_home
@@ -48,7 +49,13 @@ def test_what_cannot_be_done_is_told_in_one_sentence(
     assert (contradiction.exit_code, contradiction.error) == (
         2, "--quantize q8_0 is for --to gguf; leave it out, or export to gguf",
     )  # fmt: skip
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == LLAMA_CPP else object())
+    without = command("export", "1", out, "--vllm", sys.executable)
+    assert (without.exit_code, "is not a Python that finds vLLM" in without.error) == (2, True)
+    nowhere = command("export", "1", out, "--vllm", str(tmp_path / "python"))
+    assert (nowhere.exit_code, "is not a Python that finds vLLM" in nowhere.error) == (2, True)
+    other = command("export", "1", out, "--to", "gguf", "--vllm", sys.executable)
+    assert (other.exit_code, "leave it out, or else --to gguf" in other.error) == (2, True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == XLLAMACPP else object())
     missing = command("export", "1", out, "--to", "gguf")
     assert (missing.exit_code, "pip install xllamacpp" in missing.error) == (2, True)
     assert not Path(out).exists()
