@@ -77,11 +77,11 @@ def told(done: Exported) -> None:
                 outcome if check.judged else "told only",
             )  # fmt: skip
         console.print(made)
-        first = done.checks[0]
+        asked = " and ".join(dict.fromkeys(f"{check.engine} {check.version}" for check in done.checks))
         console.print(
-            f"{first.engine} {first.version} beside the model here in float32: prompts with the same token ids and the "
-            f"same first token;\nlargest difference of a log-probability, of which {first.bound} nats are allowed, and "
-            "of a pixel in grey levels.", highlight=False,
+            f"{asked} beside the model here in float32: prompts with the same token ids and the same first token;\n"
+            f"largest difference of a log-probability, of which {done.checks[0].bound} nats are allowed, and of a "
+            "pixel in grey levels.", highlight=False,
         )  # fmt: skip
     state = "verified" if done.verified else "NOT verified"
     console.print(f"{done.folder}: {done.num_bytes / 1e6:,.1f} MB, {state}.", highlight=False, soft_wrap=True)

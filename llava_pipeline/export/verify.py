@@ -53,7 +53,7 @@ LLAMA_CPP = Engine("llama.cpp", (sys.executable, "-m", "llava_pipeline.export.en
 
 
 def vllm_of(python: Path) -> Engine:
-    """vLLM in the environment of this Python."""
+    """vLLM in the environment of this Python, which runs a file of ours and finds none of our packages."""
     return Engine("vLLM", (str(python), "-I", str(Path(__file__).parent / "engines" / "with_vllm.py")))
 
 
@@ -147,7 +147,8 @@ def verify(
     """
     looks: list[tuple[Engine, Pictures, bool]]
     if to == "hf":
-        looks = [(engine, "as they are", True) for engine in (TRANSFORMERS, *([vllm_of(vllm)] if vllm else ()))]
+        engines = [TRANSFORMERS] if vllm is None else [TRANSFORMERS, vllm_of(vllm)]
+        looks = [(engine, "as they are", True) for engine in engines]
     else:
         looks = [(LLAMA_CPP, "at the tower's size", True), (LLAMA_CPP, "as they are", False)]
         # Of an answer that begins with a part of a letter it tells nothing.
