@@ -138,6 +138,13 @@ class ScenesSource(Frozen):
 
     kind: Literal["scenes"] = Field("scenes", description="Which kind of source this is.")
     seed: int = Field(0, description="Seed of the scenes.")
+    single_shapes: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the training scenes with a single shape that is kept; others are drawn in their place. "
+        "Test scenes stay as they are.",
+    )
 
 
 class EasyVqaSource(Frozen):

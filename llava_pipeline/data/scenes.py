@@ -273,27 +273,37 @@ def ask_caption(rng: random.Random, scene: Scene) -> Question:
 # --------------------------------------------------------------------------------------------- records
 
 
+def name_of(seed: int, split: Split, single_shapes: float = 1.0) -> str:
+    """Of the rows of a split: equal names have equal rows."""
+    fewer = f"/single_shapes={single_shapes:g}" if split == "train" and single_shapes < 1 else ""
+    return f"scenes/{seed}/{split}{fewer}"
+
+
 def scene_rng(seed: int, split: Split, index: int) -> random.Random:
     """The generator of one record: independent of every other record's."""
     return random.Random(f"scenes/{seed}/{split}/{index}")
 
 
-def scene_at(seed: int, split: Split, index: int) -> tuple[Scene, random.Random]:
-    """The scene with this index, and the generator that goes on to make its questions."""
+def scene_at(seed: int, split: Split, index: int, single_shapes: float = 1.0) -> tuple[Scene, random.Random]:
+    """The scene with this index, and the generator that goes on to make its questions; of those with a single shape
+    only the share ``single_shapes`` is kept."""
     rng = scene_rng(seed, split, index)
     while True:
         scene = sample_scene(rng)
-        if (int(scene.layout_digest[:8], 16) % TEST_SHARE == 0) == (split == "test"):
+        if (int(scene.layout_digest[:8], 16) % TEST_SHARE == 0) != (split == "test"):
+            continue
+        if single_shapes == 1 or len(scene.shapes) > 1 or rng.random() < single_shapes:
             return scene, rng
 
 
-def questions_at(seed: int, split: Split, index: int) -> tuple[Scene, list[Question]]:
+def questions_at(seed: int, split: Split, index: int, single_shapes: float = 1.0) -> tuple[Scene, list[Question]]:
     """The scene of row ``index`` of a split and what is asked about it; nothing is drawn.
 
     A train row is a conversation of up to five questions of different kinds, ending with a caption in every other
-    row (a caption answers everything, so nothing may come after it). A test row asks one question.
+    row (a caption answers everything, so nothing may come after it). A test row asks one question, and knows nothing of
+    ``single_shapes``.
     """
-    scene, rng = scene_at(seed, split, index)
+    scene, rng = scene_at(seed, split, index, single_shapes if split == "train" else 1.0)
     if split == "train":
         kinds = rng.sample(KINDS, 5)
         questions = [question for kind in kinds if (question := ASK[kind](rng, scene)) is not None]
@@ -306,23 +316,23 @@ def questions_at(seed: int, split: Split, index: int) -> tuple[Scene, list[Quest
     return scene, [question]
 
 
-def record(seed: int, split: Split, index: int) -> dict[str, Any]:
+def record(seed: int, split: Split, index: int, single_shapes: float = 1.0) -> dict[str, Any]:
     """Row ``index`` of a split: ``{"id", "messages", "images", "kinds"}``."""
-    scene, questions = questions_at(seed, split, index)
+    scene, questions = questions_at(seed, split, index, single_shapes)
     messages = []
     for k, question in enumerate(questions):
         messages += [turn("user", question.text, with_image=k == 0), turn("assistant", question.answer)]
     return {
-        "id": f"scenes/{seed}/{split}/{index}",
+        "id": f"{name_of(seed, split, single_shapes)}/{index}",
         "messages": messages,
         "images": [draw(scene)],
         "kinds": [question.kind for question in questions],
     }
 
 
-def records(seed: int, split: Split, start: int = 0) -> Iterator[dict[str, Any]]:
+def records(seed: int, split: Split, start: int = 0, single_shapes: float = 1.0) -> Iterator[dict[str, Any]]:
     """Rows from ``start`` on, without end."""
     index = start
     while True:
-        yield record(seed, split, index)
+        yield record(seed, split, index, single_shapes)
         index += 1

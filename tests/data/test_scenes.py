@@ -78,6 +78,26 @@ def test_each_of_seed_split_and_index_makes_another_scene() -> None:
     assert len({scenes.questions_at(seed, split, index)[0] for seed, split, index in where}) == len(where)
 
 
+def test_a_share_of_single_shapes_makes_way_for_others_and_leaves_all_other_rows_as_they_are() -> None:
+    whole, fewer = (
+        [scenes.questions_at(SEED, "train", index, share) for index in range(NUM_TRAIN)] for share in (1, 0.25)
+    )
+    alone = [k for k, (scene, _) in enumerate(whole) if len(scene.shapes) == 1]
+    kept = [k for k in alone if len(fewer[k][0].shapes) == 1]
+    assert [a == b for k, (a, b) in enumerate(zip(whole, fewer, strict=True)) if k not in {*alone}] == [True] * (
+        NUM_TRAIN - len(alone)
+    )
+    # A scene that made way is drawn anew, and by one in three is single once more.
+    assert len(kept) / len(alone) == pytest.approx(1 / 3, abs=0.05)
+    assert scenes.record(SEED, "train", 0, 0.25)["id"] == f"scenes/{SEED}/train/single_shapes=0.25/0"
+
+
+def test_test_scenes_know_nothing_of_a_share_of_single_shapes() -> None:
+    for index in range(60):
+        assert scenes.questions_at(SEED, "test", index, 0.25) == scenes.questions_at(SEED, "test", index)
+    assert scenes.name_of(SEED, "test", 0.25) == f"scenes/{SEED}/test"
+
+
 # --------------------------------------------------------------------------------------------- split
 
 

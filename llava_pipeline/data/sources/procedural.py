@@ -20,7 +20,7 @@ class ScenesReader:
 
     def __init__(self, source: ScenesSource, split: Split) -> None:
         self.source, self.split = source, split
-        self.origin = f"scenes/{source.seed}/{split}"
+        self.origin = scenes.name_of(source.seed, split, source.single_shapes)
 
     def pieces(self, start: Cursor) -> Iterator[Piece]:
         """From a place on, without end."""
@@ -29,7 +29,8 @@ class ScenesReader:
 
     def rows(self, piece: Piece) -> Iterator[Row]:
         """The scenes of a piece."""
-        for row in itertools.islice(scenes.records(self.source.seed, self.split, piece.start), piece.num_rows):
+        endless = scenes.records(self.source.seed, self.split, piece.start, self.source.single_shapes)
+        for row in itertools.islice(endless, piece.num_rows):
             buffer = io.BytesIO()
             row["images"][0].save(buffer, "PNG", compress_level=1)
             yield {**row, "images": [{"bytes": buffer.getvalue()}]}
