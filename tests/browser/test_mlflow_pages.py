@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
@@ -30,6 +31,7 @@ def without_the_assistant(window: Window) -> None:
             button.click()
 
 
+@pytest.mark.slow
 def test_the_run_is_listed_with_its_trainable_count(pages: Pages, keep: Keep) -> None:
     window = pages.window
     window.open(experiment_page(pages))
@@ -53,6 +55,7 @@ def cells(window: Window, column: str) -> list[str]:
     return [cell.text for cell in window.driver.find_elements(By.CSS_SELECTOR, f"[role=gridcell][col-id*='{column}']")]
 
 
+@pytest.mark.slow
 def test_the_curve_of_the_loss_has_points(pages: Pages, keep: Keep) -> None:
     window = pages.window
     window.open(run_page(pages, "model-metrics"))
@@ -78,6 +81,7 @@ def test_the_curve_of_the_loss_has_points(pages: Pages, keep: Keep) -> None:
     keep("mlflow-curves")
 
 
+@pytest.mark.slow
 def test_the_table_of_samples_shows_pictures(pages: Pages, keep: Keep) -> None:
     window = pages.window
     window.open(run_page(pages, "artifacts/evaluation/samples.json"))
@@ -99,18 +103,21 @@ def loaded_pictures(window: Window, *places: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_the_sheet_of_pictures_is_shown(pages: Pages) -> None:
     window = pages.window
     window.open(run_page(pages, "artifacts/evaluation/grid.png"))
     window.until(lambda: loaded_pictures(window, "grid.png", "blob:"), "the sheet")
 
 
+@pytest.mark.slow
 def test_the_run_says_what_it_scored_in_its_description(pages: Pages) -> None:
     window = pages.window
     window.open(run_page(pages, ""))
     window.first("p", "held-out questions right")
 
 
+@pytest.mark.slow
 def test_the_champion_alias_stands_on_its_version_and_moves_with_a_promotion(pages: Pages, keep: Keep) -> None:
     was = registry.aliases(pages.model, pages.settings)
     assert was["champion"] == "1"

@@ -150,6 +150,7 @@ for limit in (1_000, 200_000):
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_with_a_remedy(home: Path) -> None:
     """Where the first weights do not fit, and where the snapshot does not."""
     done = subprocess.run(

@@ -35,6 +35,7 @@ def test_a_port_that_is_taken_is_told_before_anything_starts(nothing_up: Install
     assert nothing_up.left() == []
 
 
+@pytest.mark.slow
 def test_what_was_started_is_ended_when_a_server_does_not_come_up(nothing_up: Installation) -> None:
     (nothing_up.home / "prefect").mkdir(parents=True)
     (nothing_up.home / "mlflow.db").write_text("no database")

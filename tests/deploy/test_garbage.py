@@ -86,6 +86,7 @@ def test_what_no_run_needs_is_deleted_and_what_versions_and_aliases_need_is_kept
     assert [path.split("/")[1] for path in needed_by_three] == ["scores"]
 
 
+@pytest.mark.slow
 def test_every_alias_and_every_version_answers_afterwards_and_the_next_run_works(own_home: Path) -> None:
     collect(Settings(), keep_runs=0, dry_run=False)
     Image.new("RGB", (32, 32), "red").save(own_home / "red.png")

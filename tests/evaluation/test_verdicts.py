@@ -152,6 +152,7 @@ def test_a_verdict_whose_answer_was_lost_comes_out_the_same(honest: TrainedProje
     assert connect(Settings()).get_model_version(NAME, run.version).tags["llava.gate"] == "passed"
 
 
+@pytest.mark.slow
 def test_one_that_learned_from_other_peoples_pictures_is_refused(
     deceived: TrainedProjector, data: ValidatedData
 ) -> None:
@@ -201,6 +202,7 @@ def test_a_file_that_was_tampered_with_is_refused(honest: TrainedProjector, data
     assert verdict.champion is None
 
 
+@pytest.mark.slow
 def test_a_projector_that_answers_otherwise_than_recorded_is_refused(
     honest: TrainedProjector, data: ValidatedData
 ) -> None:

@@ -16,6 +16,7 @@ from llava_pipeline.tracking.settings import Settings
 from tests.hub_folder import lay_out
 
 
+@pytest.mark.slow
 def test_the_seed_s_recipe_runs_from_a_folder_and_asks_its_last_question(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

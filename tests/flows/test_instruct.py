@@ -32,6 +32,7 @@ def instructed(aligned: Verdict) -> Verdict:
     return train(spec_of("instruct", "challenger", *STILL))
 
 
+@pytest.mark.slow
 def test_it_begins_with_the_named_version_and_says_so_in_the_run_and_in_the_version(
     aligned: Verdict, instructed: Verdict
 ) -> None:
@@ -50,6 +51,7 @@ def test_it_begins_with_the_named_version_and_says_so_in_the_run_and_in_the_vers
     assert (row["stage"], row["learned"], row["began_with"]["version"]) == ("instruct", "lora", aligned.version)
 
 
+@pytest.mark.slow
 def test_it_goes_on_from_the_weights_that_were_recorded(aligned: Verdict, instructed: Verdict) -> None:
     """At a rate of next to nothing the last look at the held-out samples is the one before."""
     fresh, adapted = (
@@ -61,11 +63,13 @@ def test_it_goes_on_from_the_weights_that_were_recorded(aligned: Verdict, instru
     assert adapted.held_out_loss == pytest.approx(fresh.held_out_loss, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_gate_weighs_it_as_any_other_and_a_fresh_process_loads_it(instructed: Verdict) -> None:
     assert instructed.decision == "challenger"  # random weights
     assert {rule.name for rule in instructed.rules if rule.passed} >= {"artifact_is_whole"}
 
 
+@pytest.mark.slow
 def test_what_it_leaves_behind_is_a_projector_and_an_adapter(instructed: Verdict) -> None:
     evaluation = registry.recorded_evaluation(instructed.run_id, Settings())
     folder = registry.download_projector(instructed.version, NAME, Settings())
@@ -88,6 +92,7 @@ def test_a_beginning_that_is_not_there_is_told_before_anything_is_trained() -> N
         train(spec_of("instruct", "nobody"))
 
 
+@pytest.mark.slow
 def test_a_language_model_trained_whole_is_recorded_and_asked_as_well(aligned: Verdict) -> None:
     verdict = train(spec_of("instruct", aligned.version, "training.language_model.mode=full", *STILL))
     evaluation = registry.recorded_evaluation(verdict.run_id, Settings())

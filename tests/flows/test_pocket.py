@@ -55,6 +55,7 @@ def test_the_champion_answers_about_a_picture_it_has_never_seen(promoted: Verdic
     assert (told["answer"], told["run_id"]) == ("blue", promoted.run_id)
 
 
+@pytest.mark.slow
 def test_the_same_projector_again_stays_a_challenger(promoted: Verdict) -> None:
     again = train(load_spec("pocket", SHORT))
     assert (again.decision, again.version, again.champion) == ("challenger", "2", "1")
@@ -82,6 +83,7 @@ def test_samples_have_thumbnails_and_golden_questions_are_answered_again(promote
         assert told["answer"] == one["answer"]
 
 
+@pytest.mark.slow
 def test_mlflow_loads_the_champion_in_a_fresh_process_and_it_answers(promoted: Verdict, tmp_path: Path) -> None:
     circle = scenes.Shape("circle", "blue", "large", "center", 0.5, 0.5, 0.16)
     path = tmp_path / "scene.png"
@@ -146,6 +148,7 @@ def test_rows_that_cannot_be_asked_are_told_with_their_reasons(promoted: Verdict
     assert "image_" in str(told.value)
 
 
+@pytest.mark.slow
 def test_a_version_is_judged_again_and_history_tells_who_moved_the_champion(promoted: Verdict) -> None:
     with pytest.raises(NotPromoted, match="version 1 of llava-projector-pocket is champion; it was judged when"):
         judge_again("champion", promoted.registered_model, "ann", Settings())

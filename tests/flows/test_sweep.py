@@ -74,6 +74,7 @@ def task_states(parent: str) -> list[tuple[str, str]]:
     return sorted((run.name.rsplit("-", 1)[0], run.state_name or "") for run in runs)
 
 
+@pytest.mark.slow
 def test_every_combination_is_a_child_with_its_parameters_curve_and_results(found: Swept) -> None:
     runs = {run.info.run_id: run for run in children(found.run_id)}
     assert set(runs) == {trial.run_id for trial in found.trials}
@@ -89,6 +90,7 @@ def test_every_combination_is_a_child_with_its_parameters_curve_and_results(foun
         assert len(connect(Settings()).get_metric_history(trial.run_id, "train/loss")) == 9
 
 
+@pytest.mark.slow
 def test_a_combination_that_diverges_fails_alone_with_its_reason(found: Swept) -> None:
     failed = {trial.run_id: trial for trial in found.trials if trial.failure}
     assert {trial.combination.learning_rate for trial in failed.values()} == {TOO_HIGH}
@@ -101,6 +103,7 @@ def test_a_combination_that_diverges_fails_alone_with_its_reason(found: Swept) -
     assert connect(Settings()).get_run(found.run_id).info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_the_parent_has_table_page_picture_and_the_best_by_mean_likelihood(found: Swept, tmp_path: Path) -> None:
     folder = Path(connect(Settings()).download_artifacts(found.run_id, "", str(tmp_path)))
     table = json.loads((folder / "sweep.json").read_text())
@@ -119,6 +122,7 @@ def test_the_parent_has_table_page_picture_and_the_best_by_mean_likelihood(found
     assert f"lr {TOO_HIGH:g}" in page.split("## Failed")[1]
 
 
+@pytest.mark.slow
 def test_the_command_for_a_night_gives_the_spec_of_the_best_trial(found: Swept) -> None:
     words = shlex.split(found.night)
     assert words[:4] == ["llava-pipeline", "run", "--profile", "tiny"]
@@ -129,6 +133,7 @@ def test_the_command_for_a_night_gives_the_spec_of_the_best_trial(found: Swept) 
     assert (spec.training.max_steps, spec.data.max_samples, spec.evaluation.max_samples) == (9, 32, 12)
 
 
+@pytest.mark.slow
 def test_features_are_computed_once_and_data_are_checked_once(found: Swept, home: Path) -> None:
     kept = list((home / "features").glob("*/*.safetensors"))
     assert len(kept) == 1  # of 32 pictures; another one would have its digest in its name
@@ -139,12 +144,14 @@ def test_features_are_computed_once_and_data_are_checked_once(found: Swept, home
     assert count["evaluate-generations"] == 1  # what diverged is not asked
 
 
+@pytest.mark.slow
 def test_nothing_is_registered_and_no_increment_is_read_away_from_the_nights(found: Swept) -> None:
     client = connect(Settings())
     assert list(client.search_registered_models()) == []
     assert [run.data.tags.get(READING) for run in children(found.run_id)] == [None] * 2
 
 
+@pytest.mark.slow
 def test_the_names_of_a_sweep_are_documented(found: Swept) -> None:
     client = connect(Settings())
     parent, trial = client.get_run(found.run_id), client.get_run(found.trials[0].run_id)
@@ -160,6 +167,7 @@ def test_the_names_of_a_sweep_are_documented(found: Swept) -> None:
     assert compare(set(trial.data.params) | set(trial.data.metrics), asked)[0] == set()
 
 
+@pytest.mark.slow
 def test_other_combinations_are_another_sweep_and_what_was_trained_before_is_not_trained_again(found: Swept) -> None:
     again = swept_by([1e-3], [0.0], [0])
     assert again.run_id != found.run_id
@@ -168,6 +176,7 @@ def test_other_combinations_are_another_sweep_and_what_was_trained_before_is_not
     assert [t.likelihood for t in again.trials] == [t.likelihood for t in found.trials if not t.failure]
 
 
+@pytest.mark.slow
 def test_what_ends_a_sweep_is_told_by_its_run_too(found: Swept) -> None:
     hopeless = Changes.model_validate({"data": {"max_samples": 32, "max_tokens": 9}, "training": {"max_steps": 9}})
     with pytest.raises(TooManyRejected):
@@ -178,6 +187,7 @@ def test_what_ends_a_sweep_is_told_by_its_run_too(found: Swept) -> None:
     assert "too_many_tokens" in failed.data.tags["llava.failure"]
 
 
+@pytest.mark.slow
 def test_where_all_fail_the_sweep_has_failed_and_says_why(found: Swept) -> None:
     failed = [trial for trial in found.trials if trial.failure]
     run = SweepRun(experiment_id=found.experiment_id, run_id=found.run_id)
@@ -188,6 +198,7 @@ def test_where_all_fail_the_sweep_has_failed_and_says_why(found: Swept) -> None:
 KILLED = [1e-3, 4e-3]  # the first one was trained before, so this is about the second
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_killed_goes_on_in_the_same_run_where_it_was(found: Swept, home: Path) -> None:
     code = (
         "import tests.flows.test_sweep as t\n"
@@ -263,6 +274,7 @@ def test_too_many_combinations_are_refused_with_their_number() -> None:
         combinations(spec, [1e-5], [0.1], [0])
 
 
+@pytest.mark.slow
 def test_a_seed_that_failed_puts_a_setting_behind_those_that_were_trained_whole(found: Swept) -> None:
     def trial(rate: float, seed: int, likelihood: float | None) -> Trial:
         failure = None if likelihood is not None else "diverged"
@@ -277,6 +289,7 @@ def test_a_seed_that_failed_puts_a_setting_behind_those_that_were_trained_whole(
     assert (best.likelihood, best.lowest, best.highest) == (pytest.approx(0.6), 0.5, 0.7)
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_and_the_sweep_as_json(
     found: Swept, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip

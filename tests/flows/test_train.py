@@ -94,12 +94,14 @@ def test_a_second_run_reuses_what_did_not_change_and_says_so(
     assert (second.version, second.run_id != first.run_id) == ("2", True)
 
 
+@pytest.mark.slow
 def test_only_what_depends_on_a_change_is_made_anew(first: Verdict, spec: RunSpec) -> None:
     changed = spec.model_copy(update={"training": spec.training.model_copy(update={"max_steps": 3})})
     states = task_states(train(changed).run_id)
     assert {name for name, state in states.items() if state == "Cached"} == {*STAGES[:2], STAGES[3]}
 
 
+@pytest.mark.slow
 def test_an_edit_to_a_stage_s_code_never_returns_a_stale_result(
     first: Verdict, spec: RunSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +111,7 @@ def test_an_edit_to_a_stage_s_code_never_returns_a_stale_result(
     assert {name for name, state in states.items() if state == "Cached"} == {*STAGES[:2], STAGES[3]}
 
 
+@pytest.mark.slow
 def test_a_reused_result_whose_files_are_gone_is_made_anew(
     first: Verdict, spec: RunSpec, home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -145,6 +145,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: Exception, times: int) -> No
     monkeypatch.setattr(flows.workers.check_piece, "retry_delay_seconds", 0)
 
 
+@pytest.mark.slow
 def test_a_piece_whose_source_is_out_of_reach_twice_is_read_the_third_time(
     model: AssembledModel, by_one_thread: ValidatedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -258,6 +258,7 @@ print(json.dumps(told))
 """
 
 
+@pytest.mark.slow
 def test_litellm_has_an_answer_whole_and_in_pieces_and_goes_on_with_it(
     server: Served, key: str, picture: str, tmp_path: Path
 ) -> None:

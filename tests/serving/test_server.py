@@ -353,6 +353,7 @@ def test_what_cannot_be_allowed_is_said_before_anything_is_loaded(trained_home: 
     assert "keys" in refused(trained_home, "--port", "0", "--keys", "no-such-file")
 
 
+@pytest.mark.slow
 def test_without_a_champion_there_is_nothing_to_serve(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
@@ -427,6 +428,7 @@ def check_version(answer: httpx.Response, alone: dict[str, list[str]], number: i
     return version
 
 
+@pytest.mark.slow
 def test_a_bad_champion_changes_nothing_and_is_told_without_a_path(own: Served) -> None:
     server, home = own, own.log.parent
     before = text_of(server.ask())

@@ -135,6 +135,7 @@ def expected_points(evaluation: Evaluation) -> Counter[tuple[str, int, float]]:
 # --------------------------------------------------------------------------------------------- killed and back
 
 
+@pytest.mark.slow
 def test_killed_while_steps_arrive_and_at_a_registration_nothing_is_lost_or_twice(
     spec: RunSpec, make_evaluation: MakeEvaluation, server: Server
 ) -> None:

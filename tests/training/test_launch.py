@@ -336,6 +336,7 @@ def job(assembled: AssembledModel, processor: Processor, tmp_path: Path) -> Path
     return write_job(a_job(assembled, processor, max_steps=150, checkpoint_seconds=1000), tmp_path)
 
 
+@pytest.mark.slow
 def test_with_its_parent_killed_a_training_saves_ends_and_can_be_gone_on_with(job: Path, out: Path) -> None:
     kill_parent(job, out, 1, step=5)
     wait_until_gone(out, 10)
