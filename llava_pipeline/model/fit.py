@@ -63,7 +63,7 @@ def memory(training: TrainingSpec, sizes: Sizes, device: Device, precision: Prec
 def remedies(spec: RunSpec, sizes: Sizes, device: Device) -> Iterator[Remedy]:
     """What would have to change for a run to fit, the least painful first, each on top of those before it; those that
     save nothing are left out. The last ones change the model or the card."""
-    training, room = spec.training, device.memory_bytes - device.reserve_bytes
+    training, room, as_it_is = spec.training, device.memory_bytes - device.reserve_bytes, sizes
     last = sum(memory(training, sizes, device, device.precision(training.precision)[0])[0].values())
     for change, changed, other in lighter(training, sizes, device):
         needed = sum(memory(changed, other, device, device.precision(changed.precision)[0])[0].values())
@@ -81,7 +81,7 @@ def remedies(spec: RunSpec, sizes: Sizes, device: Device) -> Iterator[Remedy]:
             yield Remedy(
                 change=f"a language model of at most about {count:.1f} billion parameters", memory_bytes=room, fits=True
             )
-    yield from larger(spec, device)
+    yield from larger(spec, as_it_is, device)
 
 
 def lighter(training: TrainingSpec, sizes: Sizes, device: Device) -> Iterator[tuple[str, TrainingSpec, Sizes]]:
@@ -110,10 +110,9 @@ def lighter(training: TrainingSpec, sizes: Sizes, device: Device) -> Iterator[tu
         yield "training.precision=auto", training.model_copy(update={"precision": "auto"}), sizes
 
 
-def larger(spec: RunSpec, device: Device) -> Iterator[Remedy]:
+def larger(spec: RunSpec, sizes: Sizes, device: Device) -> Iterator[Remedy]:
     """The cheapest card that it fits on as it is; where there is none, how many cards hold a part each of a language
     model that learns whole."""
-    sizes = sizes_of(spec)
     for card in sorted(DEVICES.values(), key=lambda one: one.price_per_hour or 0.0):
         parts, _ = memory(spec.training, sizes, card, card.precision(spec.training.precision)[0])
         if card.name != device.name and (needed := sum(parts.values())) <= card.memory_bytes - card.reserve_bytes:

@@ -40,7 +40,9 @@ def trained_in(precision: str, assembled: AssembledModel, data: ValidatedData) -
     return train_stage.train_projector(assembled, data, TrainingSpec(**values))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "precision", [pytest.param(name, marks=[] if name == "fp32" else pytest.mark.slow) for name in PRECISIONS]
+)
 def test_a_projector_is_trained_and_asked_in_one_precision(
     assembled: AssembledModel,
     data: ValidatedData,

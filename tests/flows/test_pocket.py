@@ -164,6 +164,7 @@ def test_a_version_is_judged_again_and_history_tells_who_moved_the_champion(prom
     assert event["who"].startswith("flow run ")
 
 
+@pytest.mark.slow
 def test_the_verdict_is_a_page_that_says_what_would_have_to_change(promoted: Verdict, tmp_path: Path) -> None:
     versions = connect(Settings()).search_model_versions(f"name = '{promoted.registered_model}'")
     refused = next(version for version in versions if version.tags.get("llava.gate") == "refused")

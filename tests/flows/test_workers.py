@@ -101,7 +101,10 @@ def only_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validate, "check_piece", refuse)
 
 
-@pytest.mark.parametrize(("kind", "num"), [("threads", 1), ("threads", 2), ("processes", 2), ("dask", 2)])
+@pytest.mark.parametrize(
+    ("kind", "num"),
+    [("threads", 1), ("threads", 2), ("processes", 2), pytest.param("dask", 2, marks=pytest.mark.slow)],
+)
 def test_the_snapshots_are_the_same_whoever_checks(
     kind: Kind, num: int, model: AssembledModel, by_one_thread: ValidatedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
