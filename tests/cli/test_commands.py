@@ -15,8 +15,12 @@ from llava_pipeline.model.plan import Plan
 from llava_pipeline.spec import profile_names
 from tests.cli.conftest import Command
 
+MEASURED_LONG = ("llama-3.1-8b", "llava-1.5")  # a layer of theirs is timed on this machine
 
-@pytest.mark.parametrize("profile", profile_names())
+
+@pytest.mark.parametrize(
+    "profile", [pytest.param(one, marks=pytest.mark.slow if one in MEASURED_LONG else ()) for one in profile_names()]
+)
 def test_every_profile_can_be_planned_without_a_network(
     command: Command, profile: str, monkeypatch: pytest.MonkeyPatch, home: Path
 ) -> None:
