@@ -274,8 +274,8 @@ def ask_caption(rng: random.Random, scene: Scene) -> Question:
 
 
 def name_of(seed: int, split: Split, single_shapes: float = 1.0) -> str:
-    """Of the rows of a split: equal names have equal rows."""
-    fewer = f"/single_shapes={single_shapes:g}" if split == "train" and single_shapes < 1 else ""
+    """What a split's rows are called: equal names have equal rows, so a share that changes them is part of it."""
+    fewer = f"/single_shapes={single_shapes}" if split == "train" and single_shapes < 1 else ""
     return f"scenes/{seed}/{split}{fewer}"
 
 
@@ -285,14 +285,17 @@ def scene_rng(seed: int, split: Split, index: int) -> random.Random:
 
 
 def scene_at(seed: int, split: Split, index: int, single_shapes: float = 1.0) -> tuple[Scene, random.Random]:
-    """The scene with this index, and the generator that goes on to make its questions; of those with a single shape
-    only the share ``single_shapes`` is kept."""
+    """The scene with this index, and the generator that goes on to make its questions.
+
+    Of the training scenes with one shape the share ``single_shapes`` (above 0, at most 1) is kept, and others are drawn
+    in the place of the rest; test scenes are the same whatever it is.
+    """
     rng = scene_rng(seed, split, index)
     while True:
         scene = sample_scene(rng)
-        if (int(scene.layout_digest[:8], 16) % TEST_SHARE == 0) != (split == "test"):
-            continue
-        if single_shapes == 1 or len(scene.shapes) > 1 or rng.random() < single_shapes:
+        of_test = int(scene.layout_digest[:8], 16) % TEST_SHARE == 0
+        thinned = split == "train" and single_shapes < 1 and len(scene.shapes) == 1
+        if of_test == (split == "test") and not (thinned and rng.random() >= single_shapes):
             return scene, rng
 
 
@@ -300,10 +303,9 @@ def questions_at(seed: int, split: Split, index: int, single_shapes: float = 1.0
     """The scene of row ``index`` of a split and what is asked about it; nothing is drawn.
 
     A train row is a conversation of up to five questions of different kinds, ending with a caption in every other
-    row (a caption answers everything, so nothing may come after it). A test row asks one question, and knows nothing of
-    ``single_shapes``.
+    row (a caption answers everything, so nothing may come after it). A test row asks one question.
     """
-    scene, rng = scene_at(seed, split, index, single_shapes if split == "train" else 1.0)
+    scene, rng = scene_at(seed, split, index, single_shapes)
     if split == "train":
         kinds = rng.sample(KINDS, 5)
         questions = [question for kind in kinds if (question := ASK[kind](rng, scene)) is not None]
