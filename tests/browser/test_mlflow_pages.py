@@ -11,6 +11,8 @@ from llava_pipeline.tracking.client import connect, ensure_experiment
 from tests.browser.conftest import Keep, Pages
 from tests.browser.window import Window
 
+pytestmark = pytest.mark.slow  # every one of them shares what takes long to come up
+
 CHART = "[data-testid=experiment-view-compare-runs-card]"
 
 
@@ -31,7 +33,6 @@ def without_the_assistant(window: Window) -> None:
             button.click()
 
 
-@pytest.mark.slow
 def test_the_run_is_listed_with_its_trainable_count(pages: Pages, keep: Keep) -> None:
     window = pages.window
     window.open(experiment_page(pages))
@@ -55,7 +56,6 @@ def cells(window: Window, column: str) -> list[str]:
     return [cell.text for cell in window.driver.find_elements(By.CSS_SELECTOR, f"[role=gridcell][col-id*='{column}']")]
 
 
-@pytest.mark.slow
 def test_the_curve_of_the_loss_has_points(pages: Pages, keep: Keep) -> None:
     window = pages.window
     window.open(run_page(pages, "model-metrics"))
@@ -81,7 +81,6 @@ def test_the_curve_of_the_loss_has_points(pages: Pages, keep: Keep) -> None:
     keep("mlflow-curves")
 
 
-@pytest.mark.slow
 def test_the_table_of_samples_shows_pictures(pages: Pages, keep: Keep) -> None:
     window = pages.window
     window.open(run_page(pages, "artifacts/evaluation/samples.json"))
@@ -103,21 +102,18 @@ def loaded_pictures(window: Window, *places: str) -> list[str]:
     ]
 
 
-@pytest.mark.slow
 def test_the_sheet_of_pictures_is_shown(pages: Pages) -> None:
     window = pages.window
     window.open(run_page(pages, "artifacts/evaluation/grid.png"))
     window.until(lambda: loaded_pictures(window, "grid.png", "blob:"), "the sheet")
 
 
-@pytest.mark.slow
 def test_the_run_says_what_it_scored_in_its_description(pages: Pages) -> None:
     window = pages.window
     window.open(run_page(pages, ""))
     window.first("p", "held-out questions right")
 
 
-@pytest.mark.slow
 def test_the_champion_alias_stands_on_its_version_and_moves_with_a_promotion(pages: Pages, keep: Keep) -> None:
     was = registry.aliases(pages.model, pages.settings)
     assert was["champion"] == "1"

@@ -35,6 +35,8 @@ from tests.deploy.recorded import NAME, SPEC
 from tests.deploy.s3 import S3
 from tests.serving.served import copied, settings_of
 
+pytestmark = pytest.mark.slow  # every one of them shares what takes long to come up
+
 BOOT_SECONDS = 150
 BUCKET, PREFIX_OF_RUNS = "llava", "runs"
 
@@ -137,7 +139,6 @@ def finished(settings: Settings) -> list[Any]:
     return list(client.search_runs([experiment.experiment_id]))
 
 
-@pytest.mark.slow
 def test_no_password_stands_on_a_command_line(servers: Servers) -> None:
     commands = (services.mlflow_server(servers.settings), services.prefect_server(servers.settings))
     words = [word for command in commands for word in command.argv]
@@ -145,7 +146,6 @@ def test_no_password_stands_on_a_command_line(servers: Servers) -> None:
     assert DATABASE_VARIABLE in os.environ
 
 
-@pytest.mark.slow
 def test_a_run_is_recorded_read_back_and_promoted(servers: Servers, evaluations: list[Any]) -> None:
     run = record(SPEC, evaluations[0], servers.settings, {})
     assert run.version == "1"
@@ -160,7 +160,6 @@ def test_a_run_is_recorded_read_back_and_promoted(servers: Servers, evaluations:
     assert servers.cluster.query("SELECT count(*) FROM runs", "mlflow") == "1"
 
 
-@pytest.mark.slow
 def test_postgresql_restarted_in_the_middle_of_recording_leaves_one_whole_run_and_one_version(
     servers: Servers, evaluations: list[Any]
 ) -> None:
@@ -201,7 +200,6 @@ def of(found: list[Finding]) -> dict[str, Finding]:
     return {finding.name: finding for finding in found}
 
 
-@pytest.mark.slow
 def test_prefect_on_postgresql_takes_a_flow_run_and_the_doctor_finds_what_is_missing(servers: Servers) -> None:
     from prefect import flow
     from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -221,7 +219,6 @@ def test_prefect_on_postgresql_takes_a_flow_run_and_the_doctor_finds_what_is_mis
     assert all(found[name].remedy for name in missing)
 
 
-@pytest.mark.slow
 def test_the_doctor_is_content_with_what_deploy_makes_and_tells_what_a_person_switched_off(servers: Servers) -> None:
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
@@ -270,7 +267,6 @@ def facts(url: str) -> dict[str, list[Any]]:
         return {query: [tuple(row) for row in connection.execute(text(query))] for query in asked[kind]}
 
 
-@pytest.mark.slow
 def test_both_databases_and_the_bucket_are_backed_up_while_servers_run_and_restored_elsewhere_and_in_place(
     servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

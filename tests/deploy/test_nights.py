@@ -20,7 +20,7 @@ from flows import devices
 from llava_pipeline.contracts import Cursor
 from tests.deploy.installation import MODEL, NIGHT_SECONDS, Installation, installed, short, wait_until
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]  # every one of them shares an installation that is up
 BETTER = {"data": {"max_samples": 3200}, "training": {"max_steps": 100}}
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +41,6 @@ def first(installation: Installation) -> Installation:
     return installation
 
 
-@pytest.mark.slow
 def test_up_leaves_a_working_installation_that_can_be_asked_about(installation: Installation) -> None:
     found = {one["name"]: one["state"] for one in installation.json("status")["services"]}
     assert found | {"serving": "up"} == dict.fromkeys(("mlflow", "prefect", "worker", "serving"), "up")
@@ -55,7 +54,6 @@ def test_up_leaves_a_working_installation_that_can_be_asked_about(installation: 
     }  # fmt: skip
 
 
-@pytest.mark.slow
 def test_up_said_again_starts_only_what_has_died(installation: Installation) -> None:
     before = {name: installation.pid(name) for name in ("mlflow", "prefect", "worker", "serving")}
     installation.kill("worker")
@@ -65,7 +63,6 @@ def test_up_said_again_starts_only_what_has_died(installation: Installation) -> 
     assert installation.pid("worker") != before["worker"]
 
 
-@pytest.mark.slow
 def test_what_automations_wait_for_is_not_forgotten_by_another_up(installation: Installation) -> None:
     """Prefect forgets it when an automation is updated, so one that is right already is not."""
 
@@ -80,7 +77,6 @@ def test_what_automations_wait_for_is_not_forgotten_by_another_up(installation: 
     assert len(before) == 8
 
 
-@pytest.mark.slow
 def test_prefect_deploy_all_takes_the_file(installation: Installation) -> None:
     command = ["--no-prompt", "deploy", "--prefect-file", "deploy/prefect.yaml", "--all"]
     done = subprocess.run(
@@ -93,7 +89,6 @@ def test_prefect_deploy_all_takes_the_file(installation: Installation) -> None:
     assert done.stdout.count("successfully created") == 6
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parameters", "field"),
     [
@@ -111,7 +106,6 @@ def test_wrong_parameters_are_refused_by_the_server_with_the_field(
     assert refused.value.response.status_code == 409
 
 
-@pytest.mark.slow
 def test_two_who_want_the_same_device_take_turns(installation: Installation, tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from flows.devices import device_held\n"
@@ -135,7 +129,6 @@ def test_two_who_want_the_same_device_take_turns(installation: Installation, tmp
     assert times[0][1] <= times[1][0]
 
 
-@pytest.mark.slow
 def test_a_night_that_no_worker_begins_is_told(installation: Installation) -> None:
     """With twenty seconds of patience instead of a quarter of an hour; `up` puts that right again."""
     installation.kill("worker")
@@ -150,7 +143,6 @@ def test_a_night_that_no_worker_begins_is_told(installation: Installation) -> No
     assert there.trigger.within == timedelta(minutes=15)
 
 
-@pytest.mark.slow
 def test_three_nights_in_a_row(first: Installation) -> None:
     """Promoted; refused, and its reason told; promoted while Prefect's server is killed; serving follows each time."""
     told = first.receiver
@@ -183,7 +175,6 @@ def test_three_nights_in_a_row(first: Installation) -> None:
     assert len([text for text in told.texts if "promoted" in text]) == 2
 
 
-@pytest.mark.slow
 def test_a_night_that_is_cancelled_leaves_no_process_and_a_failed_run(first: Installation) -> None:
     flow_run_id = first.begin("train-projector/nightly", overrides=short(training={"max_steps": 500}))
     first.wait_for_training(flow_run_id)
@@ -199,7 +190,6 @@ def test_a_night_that_is_cancelled_leaves_no_process_and_a_failed_run(first: Ins
     wait_until(lambda: first.runs()[-1].info.status != "RUNNING" or None, 30, "its run is running still")
 
 
-@pytest.mark.slow
 def test_a_night_killed_with_its_worker_is_told_and_finished_by_the_next_in_the_same_run(first: Installation) -> None:
     overrides = short(training={"max_steps": 60, "checkpoint_seconds": 1, "seed": 5})
     first.hasten("llava-pipeline: a run without a heartbeat has crashed", 75)  # instead of five minutes
@@ -232,7 +222,6 @@ def test_a_night_killed_with_its_worker_is_told_and_finished_by_the_next_in_the_
     assert sorted(steps) == list(range(1, 61))
 
 
-@pytest.mark.slow
 def test_a_night_without_mlflow_is_recorded_in_the_morning(first: Installation) -> None:
     before = len(first.runs())
     first.kill("mlflow")
@@ -253,7 +242,6 @@ def test_a_night_without_mlflow_is_recorded_in_the_morning(first: Installation) 
     assert (run.info.status, run.data.tags["llava.gate"]) == ("FINISHED", "refused")
 
 
-@pytest.mark.slow
 def test_down_leaves_nothing_behind(installation: Installation) -> None:
     """The last one: it ends what the others need."""
     began = time.monotonic()

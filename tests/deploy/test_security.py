@@ -12,6 +12,8 @@ import yaml
 
 from tests.deploy.installation import Installation
 
+pytestmark = pytest.mark.slow  # every one of them shares what takes long to come up
+
 PASSWORD = "a long pass/word of letters"
 LOGIN = "admin:an0ther-one"
 SECRETS = {
@@ -39,7 +41,6 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
         made.receiver.close()
 
 
-@pytest.mark.slow
 def test_mlflow_answers_only_with_a_login(locked: Installation) -> None:
     search = f"{locked.addresses.mlflow}/api/2.0/mlflow/experiments/search?max_results=1"
     assert requests.get(search, timeout=30).status_code == 401
@@ -47,7 +48,6 @@ def test_mlflow_answers_only_with_a_login(locked: Installation) -> None:
     assert requests.get(search, auth=("admin", PASSWORD), timeout=30).status_code == 200
 
 
-@pytest.mark.slow
 def test_prefect_answers_only_with_a_login(locked: Installation) -> None:
     count = f"{locked.addresses.prefect}/admin/version"
     assert requests.get(count, timeout=30).status_code == 401
@@ -55,7 +55,6 @@ def test_prefect_answers_only_with_a_login(locked: Installation) -> None:
     assert requests.get(count, auth=("admin", "an0ther-one"), timeout=30).status_code == 200
 
 
-@pytest.mark.slow
 def test_a_page_of_somebody_else_can_do_nothing(locked: Installation) -> None:
     """Neither by a name that leads here (DNS rebinding), nor from a person's own browser."""
     search = f"{locked.addresses.mlflow}/api/2.0/mlflow/experiments/search?max_results=1"
@@ -77,7 +76,6 @@ def test_a_page_of_somebody_else_can_do_nothing(locked: Installation) -> None:
     assert other.headers.get("access-control-allow-origin") not in ("*", "http://evil.example")
 
 
-@pytest.mark.slow
 def test_nothing_listens_but_on_loopback(locked: Installation) -> None:
     listening = [
         connection.laddr.ip
@@ -89,7 +87,6 @@ def test_nothing_listens_but_on_loopback(locked: Installation) -> None:
     assert set(listening) == {"127.0.0.1"}
 
 
-@pytest.mark.slow
 def test_no_secret_stands_on_a_command_line_or_in_a_log(locked: Installation) -> None:
     said = " ".join(" ".join(process.cmdline()) for process in locked.left())
     said += "".join(locked.said(service) for service in ("mlflow", "prefect", "worker"))
@@ -99,7 +96,6 @@ def test_no_secret_stands_on_a_command_line_or_in_a_log(locked: Installation) ->
         assert secret not in said
 
 
-@pytest.mark.slow
 def test_the_pipeline_comes_in_with_the_logins_of_the_environment(locked: Installation) -> None:
     findings = {one["name"]: one for one in locked.json("doctor", expect=None, **SECRETS)["findings"]}
     told = [one for one in findings.values() if one["status"] == "problem"]

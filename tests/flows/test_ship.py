@@ -20,6 +20,8 @@ from llava_pipeline.tracking import registry, spool
 from llava_pipeline.tracking.client import connect, ensure_experiment
 from llava_pipeline.tracking.settings import Settings
 
+pytestmark = pytest.mark.slow  # every one of them shares what takes long to come up
+
 SPEC = load_spec("tiny")
 DEAD = "http://127.0.0.1:9"
 
@@ -48,7 +50,6 @@ def runs_of(flow_run: str) -> list[str]:
     return [run.info.run_id for run in client.search_runs([ensure_experiment(client, Settings())], filter_string=asked)]
 
 
-@pytest.mark.slow
 def test_it_waits_while_mlflow_is_away_and_is_recorded_once_when_it_is_back(
     evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,7 +69,6 @@ def test_it_waits_while_mlflow_is_away_and_is_recorded_once_when_it_is_back(
     assert runs_of("cut off") == [run_id]
 
 
-@pytest.mark.slow
 def test_a_night_that_another_process_is_at_is_left_to_it(evaluation: Evaluation) -> None:
     kept = spool.keep(SPEC, evaluation, {"prefect.flow_run_id": "mine"}, 1.0)
     assert ship() == 0
@@ -77,7 +77,6 @@ def test_a_night_that_another_process_is_at_is_left_to_it(evaluation: Evaluation
     assert not kept.path.exists()
 
 
-@pytest.mark.slow
 def test_one_that_is_refused_is_put_aside_and_the_others_are_shipped(evaluation: Evaluation) -> None:
     lost = evaluation.answers.model_copy(update={"digest": "0" * 64})
     spool_and_die(evaluation.model_copy(update={"answers": lost}), "damaged", began=1.0)
@@ -90,7 +89,6 @@ def test_one_that_is_refused_is_put_aside_and_the_others_are_shipped(evaluation:
     assert sorted(path.name for path in aside.iterdir()) == ["damaged.json", "damaged.txt"]
 
 
-@pytest.mark.slow
 def test_the_next_increment_begins_behind_a_night_that_waits(evaluation: Evaluation) -> None:
     data = evaluation.projector.data
     further = data.ended.model_copy(update={"row": data.ended.row + 7})
