@@ -145,6 +145,11 @@ class ScenesSource(Frozen):
         description="Share of the training scenes with a single shape that is kept; others are drawn in their place. "
         "Test scenes stay as they are.",
     )
+    yes_no_pairs: bool = Field(
+        False,
+        description="After every training question that yes or no answers, one that is near and has the other answer; "
+        "needs training.rounds=apart, or the first would tell the second.",
+    )
 
 
 class EasyVqaSource(Frozen):
@@ -458,6 +463,12 @@ class RunSpec(Frozen):
             raise ValueError(
                 "the template plain writes no questions, so rounds apart would ask the same for every answer; leave "
                 "training.rounds at together, or choose another model.chat_template"
+            )
+        source = self.data.source
+        if isinstance(source, ScenesSource) and source.yes_no_pairs and self.training.rounds == "together":
+            raise ValueError(
+                "with data.source.yes_no_pairs the answer before tells the next one, as long as training.rounds is "
+                "together; set training.rounds=apart, or leave yes_no_pairs out"
             )
         return self
 

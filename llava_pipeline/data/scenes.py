@@ -89,7 +89,28 @@ class Question:
     kind: str
     text: str
     answer: str
+    about: tuple[str, str] | None = None
+    """Colour and shape of what a yes/no question asks for: ("red", "circle"), ("", "circle") or ("red", "shape")."""
 
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """What training rows are made of; test rows are the same whatever it says."""
+
+    single_shapes: float = 1.0
+    """Share of the scenes with one shape that is kept, above 0 and at most 1; others are drawn in place of the rest."""
+    yes_no_pairs: bool = False
+    """After a question that "yes" or "no" answers comes its opposite, which asks for something near and has the other
+    answer: what is asked for cannot be guessed from the rest of the scene (arXiv 1612.00837, balanced pairs)."""
+
+    @property
+    def name(self) -> str:
+        """Equal names have equal rows."""
+        fewer = f"/single_shapes={self.single_shapes}" if self.single_shapes < 1 else ""
+        return fewer + ("/yes_no_pairs" if self.yes_no_pairs else "")
+
+
+AS_DRAWN = Mix()
 
 # --------------------------------------------------------------------------------------------- drawing
 
@@ -217,25 +238,49 @@ def ask_yes_no(rng: random.Random, scene: Scene) -> Question:
     """Is there a red circle? (The answer is tossed first; what a "no" asks for is as likely as what a "yes" does.)"""
     yes = rng.random() < 0.5
     form = rng.choice(("both", "both", "shape", "color"))
-    present = {"both": {(s.color, s.shape) for s in scene.shapes}}
-    present["shape"] = {("", s.shape) for s in scene.shapes}
-    present["color"] = {(s.color, "shape") for s in scene.shapes}
+    present, absent = things(scene, form)
+    if not yes and form == "both" and rng.random() < 0.5:  # half of what is absent shares a colour or a shape
+        colors, shapes = {s.color for s in scene.shapes}, {s.shape for s in scene.shapes}
+        absent = [(c, s) for c, s in absent if (c in colors) != (s in shapes)] or absent
+    return is_there(rng, rng.choice(present if yes else absent), yes=yes)
+
+
+def things(scene: Scene, form: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """What is in the scene and what is not, as (colour, shape), told by ``both`` or by one of them."""
     every = {
         "both": [(c, s) for c in COLORS for s in SHAPES],
         "shape": [("", s) for s in SHAPES],
         "color": [(c, "shape") for c in COLORS],
     }[form]
-    if yes:
-        color, shape = rng.choice(sorted(present[form]))
-    else:
-        absent = [pair for pair in every if pair not in present[form]]
-        if form == "both" and rng.random() < 0.5:  # half of what is absent shares a colour or a shape with the scene
-            colors, shapes = {s.color for s in scene.shapes}, {s.shape for s in scene.shapes}
-            absent = [(c, s) for c, s in absent if (c in colors) != (s in shapes)] or absent
-        color, shape = rng.choice(absent)
-    thing = f"{color} {shape}".strip()
+    told = {
+        "both": {(s.color, s.shape) for s in scene.shapes},
+        "shape": {("", s.shape) for s in scene.shapes},
+        "color": {(s.color, "shape") for s in scene.shapes},
+    }[form]
+    return sorted(told), [thing for thing in every if thing not in told]
+
+
+def is_there(rng: random.Random, about: tuple[str, str], *, yes: bool) -> Question:
+    """Is there a red circle?"""
+    thing = " ".join(about).strip()
     text = rng.choice((f"Is there a {thing}?", f"Is there a {thing} in the picture?"))
-    return Question("yes/no", text, "yes" if yes else "no")
+    return Question("yes/no", text, "yes" if yes else "no", about)
+
+
+def opposite(rng: random.Random, scene: Scene, question: Question) -> Question:
+    """The yes/no question with the other answer whose colour or shape, but not both, is what was asked for; where the
+    answer is "no" now, half the time one whose colour and shape are both in the scene, but not together."""
+    if question.about is None:
+        raise ValueError(f"only a yes/no question has an opposite, not {question.text!r}")
+    color, shape = question.about
+    present, absent = things(scene, "shape" if not color else "color" if shape == "shape" else "both")
+    yes = question.answer == "no"
+    others = present if yes else absent
+    near = [(c, s) for c, s in others if (c == color) != (s == shape)] or others
+    if not yes and rng.random() < 0.5:
+        colors, shapes = {s.color for s in scene.shapes}, {s.shape for s in scene.shapes}
+        near = [(c, s) for c, s in near if c in colors and s in shapes] or near
+    return is_there(rng, rng.choice(near), yes=yes)
 
 
 def ask_place(rng: random.Random, scene: Scene) -> Question | None:
@@ -273,10 +318,9 @@ def ask_caption(rng: random.Random, scene: Scene) -> Question:
 # --------------------------------------------------------------------------------------------- records
 
 
-def name_of(seed: int, split: Split, single_shapes: float = 1.0) -> str:
-    """What a split's rows are called: equal names have equal rows, so a share that changes them is part of it."""
-    fewer = f"/single_shapes={single_shapes}" if split == "train" and single_shapes < 1 else ""
-    return f"scenes/{seed}/{split}{fewer}"
+def name_of(seed: int, split: Split, mix: Mix = AS_DRAWN) -> str:
+    """What a split's rows are called: equal names have equal rows, so a mix that changes them is part of it."""
+    return f"scenes/{seed}/{split}{mix.name if split == 'train' else ''}"
 
 
 def scene_rng(seed: int, split: Split, index: int) -> random.Random:
@@ -284,32 +328,33 @@ def scene_rng(seed: int, split: Split, index: int) -> random.Random:
     return random.Random(f"scenes/{seed}/{split}/{index}")
 
 
-def scene_at(seed: int, split: Split, index: int, single_shapes: float = 1.0) -> tuple[Scene, random.Random]:
+def scene_at(seed: int, split: Split, index: int, mix: Mix = AS_DRAWN) -> tuple[Scene, random.Random]:
     """The scene with this index, and the generator that goes on to make its questions.
 
-    Of the training scenes with one shape the share ``single_shapes`` (above 0, at most 1) is kept, and others are drawn
-    in the place of the rest; test scenes are the same whatever it is.
+    Of the training scenes with one shape the mix keeps a share.
     """
     rng = scene_rng(seed, split, index)
     while True:
         scene = sample_scene(rng)
         of_test = int(scene.layout_digest[:8], 16) % TEST_SHARE == 0
-        thinned = split == "train" and single_shapes < 1 and len(scene.shapes) == 1
-        if of_test == (split == "test") and not (thinned and rng.random() >= single_shapes):
+        thinned = split == "train" and mix.single_shapes < 1 and len(scene.shapes) == 1
+        if of_test == (split == "test") and not (thinned and rng.random() >= mix.single_shapes):
             return scene, rng
 
 
-def questions_at(seed: int, split: Split, index: int, single_shapes: float = 1.0) -> tuple[Scene, list[Question]]:
+def questions_at(seed: int, split: Split, index: int, mix: Mix = AS_DRAWN) -> tuple[Scene, list[Question]]:
     """The scene of row ``index`` of a split and what is asked about it; nothing is drawn.
 
     A train row is a conversation of up to five questions of different kinds, ending with a caption in every other
-    row (a caption answers everything, so nothing may come after it). A test row asks one question.
+    row (a caption answers everything, so nothing may come after it), and of opposites where the mix asks for them,
+    which change nothing else. A test row asks one question.
     """
-    scene, rng = scene_at(seed, split, index, single_shapes)
+    scene, rng = scene_at(seed, split, index, mix)
     if split == "train":
         kinds = rng.sample(KINDS, 5)
         questions = [question for kind in kinds if (question := ASK[kind](rng, scene)) is not None]
-        return scene, [*questions[:3], ask_caption(rng, scene)] if index % 2 == 0 else questions
+        asked = [*questions[:3], ask_caption(rng, scene)] if index % 2 == 0 else questions
+        return scene, with_opposites(seed, index, scene, asked) if mix.yes_no_pairs else asked
     kind = KINDS[index % len(KINDS)]
     while (question := ASK[kind](rng, scene)) is None:
         scene = sample_scene(rng)
@@ -318,23 +363,33 @@ def questions_at(seed: int, split: Split, index: int, single_shapes: float = 1.0
     return scene, [question]
 
 
-def record(seed: int, split: Split, index: int, single_shapes: float = 1.0) -> dict[str, Any]:
+def with_opposites(seed: int, index: int, scene: Scene, questions: list[Question]) -> list[Question]:
+    """The same questions; after each that "yes" or "no" answers, its opposite, drawn by a generator of its own."""
+    rng = random.Random(f"scenes/{seed}/train/{index}/opposite")
+    return [
+        one
+        for question in questions
+        for one in ([question, opposite(rng, scene, question)] if question.about else [question])
+    ]
+
+
+def record(seed: int, split: Split, index: int, mix: Mix = AS_DRAWN) -> dict[str, Any]:
     """Row ``index`` of a split: ``{"id", "messages", "images", "kinds"}``."""
-    scene, questions = questions_at(seed, split, index, single_shapes)
+    scene, questions = questions_at(seed, split, index, mix)
     messages = []
     for k, question in enumerate(questions):
         messages += [turn("user", question.text, with_image=k == 0), turn("assistant", question.answer)]
     return {
-        "id": f"{name_of(seed, split, single_shapes)}/{index}",
+        "id": f"{name_of(seed, split, mix)}/{index}",
         "messages": messages,
         "images": [draw(scene)],
         "kinds": [question.kind for question in questions],
     }
 
 
-def records(seed: int, split: Split, start: int = 0, single_shapes: float = 1.0) -> Iterator[dict[str, Any]]:
+def records(seed: int, split: Split, start: int = 0, mix: Mix = AS_DRAWN) -> Iterator[dict[str, Any]]:
     """Rows from ``start`` on, without end."""
     index = start
     while True:
-        yield record(seed, split, index, single_shapes)
+        yield record(seed, split, index, mix)
         index += 1

@@ -44,7 +44,7 @@ OTHER_TEXT_TOKENS = 240  # of llava-instruct-mix-vsft, published; what a file ho
 CAPTION_TOKENS = 18  # of a caption of LLaVA-Pretrain, published: the template `plain` has nothing else
 SUPERVISED = {ScenesSource: 17, EasyVqaSource: 40}  # of the text's tokens, measured
 OTHER_SUPERVISED_SHARE = 0.7
-SCENES_ROUNDS, EASY_VQA_ROUNDS = 4.5, 10  # of a training conversation, measured
+SCENES_ROUNDS, PAIRED_SCENES_ROUNDS, EASY_VQA_ROUNDS = 4.5, 5.2, 10  # of a training conversation, measured
 
 
 class Wrapping(NamedTuple):
@@ -152,8 +152,8 @@ def questions_of(spec: RunSpec) -> float:
     match spec.data.source:
         case EasyVqaSource(questions_per_image=asked):
             return float(min(EASY_VQA_ROUNDS, asked))
-        case ScenesSource():
-            return SCENES_ROUNDS
+        case ScenesSource(yes_no_pairs=paired):
+            return PAIRED_SCENES_ROUNDS if paired else SCENES_ROUNDS
         case _:
             return 1.0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 import re
 from collections import Counter
 
@@ -21,6 +22,7 @@ from llava_pipeline.data.scenes import (
     PLACES,
     SHAPES,
     SIZES,
+    Mix,
     Question,
     Scene,
     Shape,
@@ -80,26 +82,82 @@ def test_each_of_seed_split_and_index_makes_another_scene() -> None:
 
 def test_a_share_of_single_shapes_makes_way_for_others_and_leaves_all_other_rows_as_they_are() -> None:
     whole, fewer = (
-        [scenes.questions_at(SEED, "train", index, share) for index in range(NUM_TRAIN)] for share in (1, 0.25)
+        [scenes.questions_at(SEED, "train", index, Mix(single_shapes=share)) for index in range(NUM_TRAIN)]
+        for share in (1, 0.25)
     )
     alone = [k for k, (scene, _) in enumerate(whole) if len(scene.shapes) == 1]
     kept = [k for k in alone if len(fewer[k][0].shapes) == 1]
     assert all(one == other for one, other in zip(whole, fewer, strict=True) if len(one[0].shapes) > 1)
     # A scene that made way is drawn anew, and by one in three is single once more.
     assert len(kept) / len(alone) == pytest.approx(1 / 3, abs=0.05)
-    assert scenes.record(SEED, "train", 0, 0.25)["id"] == f"scenes/{SEED}/train/single_shapes=0.25/0"
+    row = scenes.record(SEED, "train", 0, Mix(single_shapes=0.25))
+    assert row["id"] == f"scenes/{SEED}/train/single_shapes=0.25/0"
 
 
-def test_test_scenes_know_nothing_of_a_share_of_single_shapes() -> None:
+def test_test_scenes_know_nothing_of_a_mix() -> None:
+    mix = Mix(single_shapes=0.25, yes_no_pairs=True)
     for index in range(60):
-        assert scenes.questions_at(SEED, "test", index, 0.25) == scenes.questions_at(SEED, "test", index)
-        assert scenes.scene_at(SEED, "test", index, 0.25)[0] == scenes.scene_at(SEED, "test", index)[0]
-    assert scenes.name_of(SEED, "test", 0.25) == f"scenes/{SEED}/test"
+        assert scenes.questions_at(SEED, "test", index, mix) == scenes.questions_at(SEED, "test", index)
+        assert scenes.scene_at(SEED, "test", index, mix)[0] == scenes.scene_at(SEED, "test", index)[0]
+    assert scenes.name_of(SEED, "test", mix) == f"scenes/{SEED}/test"
 
 
-def test_shares_that_differ_anywhere_name_different_rows() -> None:
-    assert scenes.name_of(SEED, "train", 0.3) != scenes.name_of(SEED, "train", 0.30000001)
-    assert scenes.name_of(SEED, "train", 1.0) == f"scenes/{SEED}/train"
+def test_mixes_that_differ_anywhere_name_different_rows() -> None:
+    mixes = [Mix(share, pairs) for share in (1.0, 0.3, 0.30000001) for pairs in (False, True)]
+    assert len({scenes.name_of(SEED, "train", mix) for mix in mixes}) == len(mixes)
+    assert scenes.name_of(SEED, "train", Mix()) == f"scenes/{SEED}/train"
+
+
+def test_pairs_add_an_opposite_after_every_yes_or_no_and_change_nothing_else(train: Rows) -> None:
+    num_pairs = 0
+    for index, (scene, questions) in enumerate(train):
+        paired_scene, paired = scenes.questions_at(SEED, "train", index, Mix(yes_no_pairs=True))
+        asked = [k for k, question in enumerate(paired) if question.kind == "yes/no"]
+        num_pairs += len(asked) // 2
+        assert paired_scene == scene
+        assert [question for k, question in enumerate(paired) if k not in asked[1:]] == questions
+        assert asked in ([], [asked[0], asked[0] + 1] if asked else [])
+        assert sorted(paired[k].answer for k in asked) in ([], ["no", "yes"])
+    assert num_pairs > NUM_TRAIN / 2
+
+
+@settings(deadline=None, max_examples=300)
+@given(index=st.integers(0, 10**9), draw=st.integers())
+def test_an_opposite_is_told_truly_and_is_near(index: int, draw: int) -> None:
+    scene, rng = scenes.scene_at(SEED, "train", index)
+    question = scenes.ask_yes_no(rng, scene)
+    other = scenes.opposite(random.Random(draw), scene, question)
+    assert {other.answer} == true_answers(other.text, scene)
+    assert other.answer != question.answer
+    assert question.about is not None
+    assert other.about is not None
+    (color, shape), (other_color, other_shape) = question.about, other.about
+    assert (color == "") == (other_color == "")
+    assert (shape == "shape") == (other_shape == "shape")
+    # What is not in the scene may share nothing with what is.
+    near = (color == other_color) != (shape == other_shape)
+    assert near or (
+        other.answer == "yes" and not {color, shape} & {x for s in scene.shapes for x in (s.color, s.shape)}
+    )
+
+
+def test_half_of_the_opposites_that_are_not_there_ask_for_what_is_there_but_not_together(train: Rows) -> None:
+    bound = []
+    for index, (scene, _) in enumerate(train):
+        asked = [q for q in scenes.questions_at(SEED, "train", index, Mix(yes_no_pairs=True))[1] if q.about]
+        colors, shapes = {shape.color for shape in scene.shapes}, {shape.shape for shape in scene.shapes}
+        if asked and asked[1].answer == "no" and len(colors) == len(shapes) == len(scene.shapes) > 1:
+            color, shape = asked[1].about or ("", "")
+            if color and shape != "shape":
+                bound.append(color in colors and shape in shapes)
+    assert len(bound) > 200
+    assert sum(bound) / len(bound) > 0.5
+
+
+def test_only_a_yes_no_question_has_an_opposite() -> None:
+    scene, _ = scenes.scene_at(SEED, "train", 0)
+    with pytest.raises(ValueError, match=re.escape("only a yes/no question has an opposite, not 'How many?'")):
+        scenes.opposite(random.Random(0), scene, Question("count", "How many?", "one"))
 
 
 # --------------------------------------------------------------------------------------------- split

@@ -127,7 +127,7 @@ def test_a_training_apart_counts_rounds_as_samples(assembled: AssembledModel, da
 
 
 def planned(*overrides: str) -> tuple[int, float]:
-    made = plan(load_spec("smol", overrides, stage="instruct"))
+    made = plan(load_spec("smol", ["data.source.yes_no_pairs=false", *overrides], stage="instruct"))
     return made.tokens_per_sample_estimate, made.flops_per_sample
 
 
@@ -141,21 +141,28 @@ def test_the_plan_lets_rounds_share_a_picture_where_a_step_does() -> None:
         assert num_image_tokens < tokens < together[0]
 
 
-@pytest.mark.parametrize("rounds", ["together", "apart"])
-def test_the_plan_counts_the_words_of_a_pack_of_scenes(processor: Processor, rounds: str) -> None:
-    encoded, images = [], []
+@pytest.mark.parametrize(("rounds", "pairs"), [("together", False), ("apart", False), ("apart", True)])
+def test_the_plan_counts_the_words_of_a_pack_of_scenes(processor: Processor, rounds: str, *, pairs: bool) -> None:
+    encoded, images, mix = [], [], scenes.Mix(yes_no_pairs=pairs)
     for number in range(100):
-        said = [(question.text, question.answer) for question in scenes.questions_at(0, "train", number)[1]]
+        said = [(question.text, question.answer) for question in scenes.questions_at(0, "train", number, mix)[1]]
         talks = [talk(*sum(said, ()))] if rounds == "together" else [talk(*one) for one in said]
         encoded += [processor.encode(messages) for messages in talks]
         images += [number] * len(talks)
     samples = collect([torch.tensor(e.input_ids) for e in encoded], [torch.tensor(e.labels) for e in encoded], images)
     packed = make_pack(samples, range(len(samples)), 0, APART.step, processor.image_token_id)
     words = int((packed.input_ids != processor.image_token_id).sum()) / len(samples)
-    sizes = sizes_of(load_spec("pocket", [f"training.rounds={rounds}"]))
+    sizes = sizes_of(load_spec("pocket", [f"training.rounds={rounds}", f"data.source.yes_no_pairs={pairs}"]))
     assert sizes.tokens - sizes.image_tokens / sizes.samples_per_picture == pytest.approx(words, rel=0.1)
 
 
 def test_a_template_without_questions_has_no_rounds() -> None:
     with pytest.raises(SpecError, match=r"plain writes no questions.*leave training\.rounds at together"):
         load_spec("smol", ["training.rounds=apart", "model.chat_template=plain"])
+
+
+def test_pairs_of_questions_are_asked_apart_for_the_first_answer_tells_the_second() -> None:
+    pairs = "data.source={kind: scenes, yes_no_pairs: true}"
+    with pytest.raises(SpecError, match=r"answer before tells the next.*set training\.rounds=apart"):
+        load_spec("smol", [pairs])
+    assert load_spec("smol", [pairs, "training.rounds=apart"]).training.rounds == "apart"
