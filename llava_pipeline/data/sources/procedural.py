@@ -19,9 +19,9 @@ class ScenesReader:
     has_split = True
 
     def __init__(self, source: ScenesSource, split: Split) -> None:
-        self.seed, self.split = source.seed, split
+        self.source, self.split = source, split
         self.mix = scenes.Mix(source.single_shapes, source.yes_no_pairs)
-        self.origin = scenes.name_of(self.seed, split, self.mix)
+        self.origin = scenes.name_of(source.seed, split, self.mix)
 
     def pieces(self, start: Cursor) -> Iterator[Piece]:
         """From a place on, without end."""
@@ -30,7 +30,7 @@ class ScenesReader:
 
     def rows(self, piece: Piece) -> Iterator[Row]:
         """The scenes of a piece."""
-        endless = scenes.records(self.seed, self.split, piece.start, self.mix)
+        endless = scenes.records(self.source.seed, self.split, piece.start, self.mix)
         for row in itertools.islice(endless, piece.num_rows):
             buffer = io.BytesIO()
             row["images"][0].save(buffer, "PNG", compress_level=1)
