@@ -42,7 +42,7 @@ from llava_pipeline.spec import (
 WORDS = {ScenesSource: 10, EasyVqaSource: 8, FolderSource: 55}  # tokens of a question and its answer (measured)
 OTHER_TEXT_TOKENS = 240  # of llava-instruct-mix-vsft, published; what a file holds is not known before it is read
 CAPTION_TOKENS = 18  # of a caption of LLaVA-Pretrain, published: the template `plain` has nothing else
-SUPERVISED = {ScenesSource: 17, EasyVqaSource: 40}  # of the text's tokens, measured
+SUPERVISED: dict[type, int] = {ScenesSource: 17, EasyVqaSource: 40}  # of the text's tokens, measured
 OTHER_SUPERVISED_SHARE = 0.7
 SCENES_ROUNDS, PAIRED_SCENES_ROUNDS, EASY_VQA_ROUNDS = 4.5, 5.2, 10  # of a training conversation, measured
 
