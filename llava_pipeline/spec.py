@@ -468,7 +468,7 @@ class RunSpec(Frozen):
         if isinstance(source, ScenesSource) and source.yes_no_pairs and self.training.rounds == "together":
             raise ValueError(
                 "with data.source.yes_no_pairs the answer before tells the next one, as long as training.rounds is "
-                "together; set training.rounds=apart, or leave yes_no_pairs out"
+                "together; set training.rounds=apart, or data.source.yes_no_pairs=false"
             )
         return self
 

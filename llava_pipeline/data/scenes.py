@@ -100,8 +100,8 @@ class Mix:
     single_shapes: float = 1.0
     """Share of the scenes with one shape that is kept, above 0 and at most 1; others are drawn in place of the rest."""
     yes_no_pairs: bool = False
-    """After a question that "yes" or "no" answers comes its opposite, which asks for something near and has the other
-    answer: what is asked for cannot be guessed from the rest of the scene (arXiv 1612.00837, balanced pairs)."""
+    """After a question that "yes" or "no" answers comes its counterpart, which asks for something near and has the other
+    answer: balanced pairs (arXiv 1612.00837, where one question is about two pictures; here two are about one)."""
 
     @property
     def name(self) -> str:
@@ -267,11 +267,12 @@ def is_there(rng: random.Random, about: tuple[str, str], *, yes: bool) -> Questi
     return Question("yes/no", text, "yes" if yes else "no", about)
 
 
-def opposite(rng: random.Random, scene: Scene, question: Question) -> Question:
-    """The yes/no question with the other answer whose colour or shape, but not both, is what was asked for; where the
-    answer is "no" now, half the time one whose colour and shape are both in the scene, but not together."""
+def counterpart(rng: random.Random, scene: Scene, question: Question) -> Question:
+    """A yes/no question with the other answer, told by the same attributes and near to it where anything is: its colour
+    or its shape, but not both, is what was asked for. Of a colour and a shape that are not there, half the time
+    both are in the scene, though not together, where there are such."""
     if question.about is None:
-        raise ValueError(f"only a yes/no question has an opposite, not {question.text!r}")
+        raise ValueError(f"only a yes/no question has a counterpart, not {question.text!r}")
     color, shape = question.about
     present, absent = things(scene, "shape" if not color else "color" if shape == "shape" else "both")
     yes = question.answer == "no"
@@ -346,15 +347,15 @@ def questions_at(seed: int, split: Split, index: int, mix: Mix = AS_DRAWN) -> tu
     """The scene of row ``index`` of a split and what is asked about it; nothing is drawn.
 
     A train row is a conversation of up to five questions of different kinds, ending with a caption in every other
-    row (a caption answers everything, so nothing may come after it), and of opposites where the mix asks for them,
-    which change nothing else. A test row asks one question.
+    row (a caption answers everything, so nothing may come after it). A yes/no question's counterpart follows it where
+    the mix asks for pairs; nothing else changes. A test row asks one question.
     """
     scene, rng = scene_at(seed, split, index, mix)
     if split == "train":
         kinds = rng.sample(KINDS, 5)
         questions = [question for kind in kinds if (question := ASK[kind](rng, scene)) is not None]
         asked = [*questions[:3], ask_caption(rng, scene)] if index % 2 == 0 else questions
-        return scene, with_opposites(seed, index, scene, asked) if mix.yes_no_pairs else asked
+        return scene, with_counterparts(seed, index, scene, asked) if mix.yes_no_pairs else asked
     kind = KINDS[index % len(KINDS)]
     while (question := ASK[kind](rng, scene)) is None:
         scene = sample_scene(rng)
@@ -363,13 +364,13 @@ def questions_at(seed: int, split: Split, index: int, mix: Mix = AS_DRAWN) -> tu
     return scene, [question]
 
 
-def with_opposites(seed: int, index: int, scene: Scene, questions: list[Question]) -> list[Question]:
-    """The same questions; after each that "yes" or "no" answers, its opposite, drawn by a generator of its own."""
+def with_counterparts(seed: int, index: int, scene: Scene, questions: list[Question]) -> list[Question]:
+    """The same questions; after each that "yes" or "no" answers, its counterpart, drawn by a generator of its own."""
     rng = random.Random(f"scenes/{seed}/train/{index}/opposite")
     return [
         one
         for question in questions
-        for one in ([question, opposite(rng, scene, question)] if question.about else [question])
+        for one in ([question, counterpart(rng, scene, question)] if question.about else [question])
     ]
 
 
