@@ -100,8 +100,8 @@ class Mix:
     single_shapes: float = 1.0
     """Share of the scenes with one shape that is kept, above 0 and at most 1; others are drawn in place of the rest."""
     yes_no_pairs: bool = False
-    """After a question that "yes" or "no" answers comes its counterpart, which asks for something near and has the other
-    answer: balanced pairs (arXiv 1612.00837, where one question is about two pictures; here two are about one)."""
+    """After a question that "yes" or "no" answers comes its counterpart, which asks for something near and has the
+    other answer: balanced pairs (arXiv 1612.00837, where one question is about two pictures; here two about one)."""
 
     @property
     def name(self) -> str:
