@@ -246,18 +246,14 @@ def ask_yes_no(rng: random.Random, scene: Scene) -> Question:
 
 
 def things(scene: Scene, form: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """What is in the scene and what is not, as (colour, shape), told by ``both`` or by one of them."""
-    every = {
-        "both": [(c, s) for c in COLORS for s in SHAPES],
-        "shape": [("", s) for s in SHAPES],
-        "color": [(c, "shape") for c in COLORS],
-    }[form]
-    told = {
-        "both": {(s.color, s.shape) for s in scene.shapes},
-        "shape": {("", s.shape) for s in scene.shapes},
-        "color": {(s.color, "shape") for s in scene.shapes},
-    }[form]
-    return sorted(told), [thing for thing in every if thing not in told]
+    """What is in the scene and what is not, as ``Question.about`` has it, told by ``both`` or by one of them."""
+
+    def told(color: str, shape: str) -> tuple[str, str]:
+        return "" if form == "shape" else color, "shape" if form == "color" else shape
+
+    present = sorted({told(shape.color, shape.shape) for shape in scene.shapes})
+    every = dict.fromkeys(told(color, shape) for color in COLORS for shape in SHAPES)
+    return present, [thing for thing in every if thing not in present]
 
 
 def is_there(rng: random.Random, about: tuple[str, str], *, yes: bool) -> Question:
@@ -366,12 +362,13 @@ def questions_at(seed: int, split: Split, index: int, mix: Mix = AS_DRAWN) -> tu
 
 def with_counterparts(seed: int, index: int, scene: Scene, questions: list[Question]) -> list[Question]:
     """The same questions; after each that "yes" or "no" answers, its counterpart, drawn by a generator of its own."""
-    rng = random.Random(f"scenes/{seed}/train/{index}/opposite")
-    return [
-        one
-        for question in questions
-        for one in ([question, counterpart(rng, scene, question)] if question.about else [question])
-    ]
+    rng = random.Random(f"scenes/{seed}/train/{index}/opposite")  # another word would make other rows
+    paired = []
+    for question in questions:
+        paired.append(question)
+        if question.about is not None:
+            paired.append(counterpart(rng, scene, question))
+    return paired
 
 
 def record(seed: int, split: Split, index: int, mix: Mix = AS_DRAWN) -> dict[str, Any]:
