@@ -154,6 +154,25 @@ def test_most_counterparts_that_are_not_there_ask_for_what_is_there_but_not_toge
     assert 0.5 < sum(bound) / len(bound) < 0.75
 
 
+def test_a_yes_or_no_hardly_asks_what_belongs_together_unless_it_is_a_counterpart(train: Rows, held_out: Rows) -> None:
+    def share_right(rows: Rows) -> float:
+        """Of a guesser who looks for the colour and for the shape anywhere in the scene."""
+        right = []
+        for scene, questions in rows:
+            for question in questions:
+                color, shape = question.about or ("", "")
+                if color and shape != "shape":
+                    seen = color in {s.color for s in scene.shapes} and shape in {s.shape for s in scene.shapes}
+                    right.append((question.answer == "yes") == seen)
+        assert len(right) > 500
+        return sum(right) / len(right)
+
+    paired = [scenes.questions_at(SEED, "train", k, Mix(yes_no_pairs=True)) for k in range(NUM_TRAIN)]
+    assert share_right(held_out) > 0.97
+    assert share_right(train) > 0.97
+    assert share_right(paired) < 0.93
+
+
 def test_only_a_yes_no_question_has_a_counterpart() -> None:
     scene, _ = scenes.scene_at(SEED, "train", 0)
     with pytest.raises(ValueError, match=re.escape("only a yes/no question has a counterpart, not 'How many?'")):
