@@ -103,7 +103,7 @@ def sizes_of(spec: RunSpec) -> Sizes:
         counts = count_on_meta(vision, text, spec.model)
     source, training = type(spec.data.source), spec.training
     rounds = rounds_of(spec)
-    samples_per_picture = side_by_side(rounds, training.samples_per_step) if shares_pictures(training) else 1.0
+    samples_per_picture = mean_per_picture(rounds, training.samples_per_step) if shares_pictures(training) else 1.0
     text_tokens, own = text_of_sample(spec, samples_per_picture)
     room = spec.data.max_tokens - image_tokens
     text_tokens, own = (max(1, min(count, room)) for count in (text_tokens, own))
@@ -127,9 +127,9 @@ def sizes_of(spec: RunSpec) -> Sizes:
     )
 
 
-def side_by_side(rounds: float, in_step: int) -> float:
-    """Samples of a step for each of its pictures, if a picture has so many ``rounds``: a step ends after so many
-    samples, and so its first and last picture have some of theirs in another one."""
+def mean_per_picture(rounds: float, in_step: int) -> float:
+    """Mean samples of a step for each of its pictures, if a picture has so many ``rounds``, each a sample: a step of so
+    many begins and ends anywhere in a picture, so that its first and last one have some of theirs in another step."""
     return in_step / (1 + (in_step - 1) / rounds)
 
 

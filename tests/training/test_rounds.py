@@ -17,7 +17,7 @@ from llava_pipeline.errors import SpecError
 from llava_pipeline.model.assemble import Llava, describe
 from llava_pipeline.model.plan import plan
 from llava_pipeline.model.processor import Message, Processor
-from llava_pipeline.model.sizes import side_by_side, sizes_of
+from llava_pipeline.model.sizes import mean_per_picture, sizes_of
 from llava_pipeline.spec import DataSpec, ScenesSource, TrainingSpec, load_spec
 from llava_pipeline.stages import train as train_stage
 from llava_pipeline.stages.validate import validate_stream
@@ -146,7 +146,7 @@ def test_the_plan_knows_that_a_step_ends_amid_a_picture(rounds: int, in_step: in
     # A picture has more or fewer rounds than the next one, so a step begins anywhere in one.
     steps = [range(start, start + in_step) for start in range(rounds)]
     pictures = [len({sample // rounds for sample in step}) for step in steps]
-    assert side_by_side(rounds, in_step) == pytest.approx(in_step * rounds / sum(pictures))
+    assert mean_per_picture(rounds, in_step) == pytest.approx(in_step * rounds / sum(pictures))
 
 
 @pytest.mark.parametrize(("rounds", "pairs"), [("together", False), ("apart", False), ("apart", True)])
