@@ -105,7 +105,11 @@ def sizes_of(spec: RunSpec) -> Sizes:
     rounds = rounds_of(spec)
     samples_per_picture = mean_per_picture(rounds, training.samples_per_step) if shares_pictures(training) else 1.0
     text_tokens, own = text_of_sample(spec, samples_per_picture)
-    room = spec.data.max_tokens - image_tokens
+    if (room := spec.data.max_tokens - image_tokens) <= 0:
+        raise IncompatibleParts(
+            f"data.max_tokens={spec.data.max_tokens} keeps no conversation: a picture alone takes {image_tokens} "
+            "tokens; set it higher, or model.pixel_shuffle=2"
+        )
     text_tokens, own = (max(1, min(count, room)) for count in (text_tokens, own))
     attended = image_tokens + math.ceil(text_tokens)
     learned = {

@@ -225,3 +225,9 @@ def test_only_a_run_that_certainly_does_not_fit_is_refused() -> None:
     enormous = load_spec("llama-3.1-8b", ["backbones.language_model.shape.intermediate_size=14336000"])
     with pytest.raises(SpecError, match=r"GB of memory, and training llama-3\.1-8b takes .* in the smallest pass; "):
         refuse_too_small(enormous)
+
+
+def test_a_cap_that_a_picture_alone_exceeds_is_told_by_the_plan() -> None:
+    with pytest.raises(IncompatibleParts, match=r"max_tokens=16 keeps no conversation.*takes 16 tokens; set it higher"):
+        plan(load_spec("pocket", ["data.max_tokens=16"]))
+    assert plan(load_spec("pocket", ["data.max_tokens=24"])).tokens_per_sample_estimate <= 24
